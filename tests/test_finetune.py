@@ -21,7 +21,7 @@ from shardkit.config import (
     run_record,
 )
 from shardkit.data import load_examples
-from shardkit.lm import LoraConfig, decoder_model
+from shardkit.lm import LoraConfig, TextTrainConfig, Tuning, declare_run, decoder_model
 
 from . import _hf
 from .test_examples import make_tokenizer, write
@@ -116,6 +116,43 @@ def test_a_run_reads_trains_adapters_resumes_and_exports(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+def test_a_run_on_codes_resumes_samples_and_exports_what_it_evaluated(
+    tmp_path, monkeypatch, capsys
+):
+    place(tmp_path, monkeypatch)
+    codes = {"lora.rank": 4, "lora.quantize": "nf4", "lora.block": 4, "train.sample": 5}
+    assert main(arguments(**codes, **{"train.steps": 2, "train.check": "first"})) == 0
+    assert "<|im_start|>assistant\n" in capsys.readouterr().out
+    [run] = (tmp_path / "runs").iterdir()
+    longer = {**codes, "train.steps": 3, "train.resume": str(run), "train.export": "out"}
+    longer["train.export_adapter"] = "adapter"
+    assert main(arguments(**longer)) == 0
+    assert "resum" in capsys.readouterr().out.lower()
+    before, after = _hf.read_tensors(tmp_path / "hf"), _hf.read_tensors(tmp_path / "out")
+    adapter = _hf.read_tensors(tmp_path / "adapter")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {n for n in before if ".layers." in n and before[n].ndim == 2}
+    # The rounded weights with the adapters, no others: what every score of the run was of.
+    levels = {"mlp.gate_proj": 16, "self_attn.q_proj": 16}
+    for module, most in levels.items():
+        name = f"model.layers.0.{module}.weight"
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        own = after[name]
+        if f"{prefix}A.weight" in adapter:
+            own = own - 4 * adapter[f"{prefix}B.weight"] @ adapter[f"{prefix}A.weight"]
+        # A block is along the outputs, which are the rows of torch's matrices.
+        blocks = own.T.reshape(-1, 4)
+        scaled = blocks / np.abs(blocks).max(1, keepdims=True)
+        assert len(np.unique(scaled.round(4))) <= most
+    assert main(["convert", str(run), "converted", "--like", "hf"]) == 0
+    for name, tensor in _hf.read_tensors(tmp_path / "converted").items():
+        np.testing.assert_allclose(tensor, after[name], rtol=0, atol=1e-7)
+    other = {**longer, "lora.quantize": "int8", "train.steps": 4, "train.export": "other"}
+    assert main(arguments(**other | {"train.export_adapter": "none"})) == 2
+    assert "lora.quantize" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_first_loss_and_gradient_are_those_of_a_step_by_hand(tmp_path, monkeypatch):
     """One SGD update of all weights on eight devices: loss and weights by plain JAX on one."""
     place(tmp_path, monkeypatch)
@@ -172,6 +209,36 @@ def test_a_key_draws_the_adapters_and_the_folder_has_the_rest():
     drawn = jax.tree.map(lambda x: x.value, drawn, is_leaf=lambda x: isinstance(x, sk.WithAxes))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, lora, drawn)))
     assert np.abs(lora["layers"]["query"]["a"]).max() > 0
+
+
+def test_a_tuning_on_codes_reads_the_folder_and_merges_what_it_computes():
+    mesh, folder = _hf.make_mesh(_hf.EIGHT), _hf.ROOT / "llama"
+    config = sk.hf.decoder_config(folder)
+    lora = LoraConfig(rank=2, quantize="int8", block=4)
+    data = load_config("finetune_llama", ["data.seq_len=8", "data.batch_size=8"]).data
+    strategy = _hf.make_spec(config, _hf.EIGHT).strategy
+    spec = declare_run(config, data, strategy, optax.sgd(0.1), lora=lora)
+    read = PretrainedDecoder(weights=str(folder)).open()
+    tuning = Tuning(config, lora, read, TextTrainConfig())
+    step = spec.compile(mesh)
+    load = tuning.loader(spec, mesh)
+    assert load is not None
+    state = step.init(jax.random.key(0), params=load(step))
+    layers = state.params["layers"]
+    assert {n for n, x in layers.items() if x.dtype == jnp.int8} == set(
+        "query key value out gate up down".split()
+    )
+    batch = {n: np.ones(x.shape, x.dtype) for n, x in spec.batch.items()}
+    state, _ = step(state, batch)
+    merged = tuning.merge(state.params)
+    plain = loss_on_one_device(config, merged, batch)
+    assert float(step.evaluate(state, batch)["loss"]) == pytest.approx(plain, rel=1e-5)
+
+
+def loss_on_one_device(config, params, batch):
+    """The loss of the decoder on one device."""
+    mean, _ = decoder_model(config).loss_fn.evaluate(jax.device_get(params), batch, None)
+    return float(mean.total / mean.weight)
 
 
 def test_adapters_need_a_key_and_a_key_needs_adapters():
@@ -253,6 +320,9 @@ def test_the_frozen_weights_have_the_dtype_of_their_files(tmp_path):
         (["lora.targets=expert_up"], ConfigError, "its adapter is folded"),
         (["lora.fold=true", "lora.dropout=0.1"], ConfigError, "which a folded adapter does not"),
         (["lora.targets="], ConfigError, "lora.targets  are none"),
+        (["lora.quantize=nf4", "lora.rank=none"], ConfigError, "there are no adapters to train"),
+        (["lora.quantize=nf4", "lora.fold=true"], ConfigError, "no floats that A B could be added"),
+        (["lora.quantize=nf4", "lora.block=3"], ConfigError, "lora.block=3  is not a positive"),
     ],
 )
 def test_settings_that_cannot_be_used(settings, error, said):
@@ -292,6 +362,17 @@ def test_learned_positions_take_one_text_a_row(tmp_path):
     assert "data.packing=true  starts texts in the middle of a row" in str(error.value)
     fixed = [*settings, "data.seq_len=32", "data.packing=false"]
     assert load_config("finetune_llama", fixed).step_spec().batch["segment_ids"].shape == (8, 32)
+
+
+def test_codes_in_a_pipeline_are_refused():
+    settings = [f"model.weights={_hf.ROOT / 'llama'}", "lora.quantize=nf4"]
+    settings += ["strategy=data|pipeline(micro_batches=2)"]
+    with pytest.raises(ConfigError) as error:
+        load_config("finetune_llama", settings).step_spec()
+    said = str(error.value)
+    assert "lora.quantize=nf4  does not go through a pipeline" in said
+    assert "divided over 'pipe'" in said
+    assert "Fix: --set lora.quantize=none with lora.fold=true" in said
 
 
 def test_a_decoder_without_a_target_says_so():

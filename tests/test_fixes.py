@@ -364,6 +364,28 @@ def test_a_size_that_divides_splits_the_moments(width):
     assert leaves == (set() if width == 16 else {"opt_state/0/mu/w", "opt_state/0/nu/w"})
 
 
+def test_moments_without_a_rule_of_their_own_follow_their_parameter():
+    def compile(**options):
+        return sk.compile_step(
+            lambda params, batch, key: jnp.mean((batch["x"] @ params["w"]) ** 2),
+            optax.adam(1e-3),
+            init=lambda key: {"w": jnp.ones((64, 64))},
+            batch={"x": jnp.ones((16, 64))},
+            mesh=sk.MeshSpec(data=2, tensor=4).build(),
+            strategy=sk.Strategy(
+                params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data"), **options
+            ),
+        )
+
+    whole, following = compile(opt_state=sk.REPLICATED), compile()
+    (mu, nu) = found(whole, "replicated_optimizer_state")
+    assert (mu.leaf, nu.leaf) == ("opt_state/0/mu/w", "opt_state/0/nu/w")
+    assert mu.bytes == 64 * 64 * 4 * 3 // 4
+    assert not found(following, "replicated_optimizer_state")
+    sent = [step.report().ledger.total() for step in (whole, following)]
+    assert sent[0] > 2 * sent[1]
+
+
 def test_a_rule_that_decides_nothing_is_removed_without_another_layout():
     strategy = dataclasses.replace(HAND, params=sk.first_match(
         sk.PathRules({"gate": P()}, allow_unmatched=True), HAND.params))  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit._core.tracing import equations
 from shardkit.errors import StateError
 
 from .test_lora import (
@@ -27,6 +28,7 @@ from .test_lora import (
     loss_by_hand,
     make_spec,
     randomized,
+    start,
     table_of_steps,
 )
 
@@ -119,6 +121,68 @@ def test_no_stack_of_layers_is_held_in_floats(cast):
     assert f"s8[5,{WIDTH},{WIDTH}]" in text
     # Neither before the loop nor for the backward pass.
     assert not re.findall(rf"f\w+\[5,{WIDTH},{WIDTH}\]", text)
+
+
+def named_layers(key):
+    w = jax.random.normal(key, (5, 64, 64)) / 8
+    return {"w": sk.WithAxes(w, ("layers", "embed", "mlp")), "scale": jnp.ones(64)}
+
+
+def loss_of_marked_layers(params, batch, key):
+    @sk.nn.remat
+    def layer(x, w):
+        return x + jnp.tanh(x @ sk.nn.use_param(w, "embed", "mlp")), None
+
+    x, _ = jax.lax.scan(layer, batch["x"] * params["scale"], params["w"])
+    return jnp.mean(x**2)
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+@pytest.mark.parametrize(
+    ("kind", "less"), [("int8", 4 / (1 + 4 / 64)), ("nf4", 4 / (0.5 + 4 / 64))]
+)
+def test_codes_are_what_is_gathered(mode, kind, less):
+    """A weight that is dequantized where it lies is gathered in floats: 4 or 7 times the bytes."""
+    model = sk.quantize(named_layers, loss_of_marked_layers, {"w": kind})
+    strategy = dataclasses.replace(sk.strategies.fsdp(min_size=0), params=sk.first_match(
+        sk.AxisRules({"layers": None, "embed": "fsdp", "mlp": None}), sk.REPLICATED))  # fmt: skip
+    batch = {"x": jax.random.normal(jax.random.key(1), (16, 64))}
+    options = {"batch": batch, "strategy": strategy, "optimizer": optax.sgd(0.1), "mode": mode}
+    mesh = sk.MeshSpec(fsdp=8).build()
+    step = sk.StepSpec(loss_fn=model.loss_fn, init=model.init, **options).compile(mesh)
+    floats = sk.StepSpec(
+        loss_fn=loss_of_marked_layers, init=named_layers, trainable=["scale"], **options
+    ).compile(mesh)
+
+    report = step.report()
+    sent, before = (r.ledger.total("fsdp", "all-gather") for r in (report, floats.report()))
+    assert before / sent == pytest.approx(less, rel=0.02)
+    # Forward and backward, of codes and scales.
+    size = 5 * 64 * 64 * 4 / less
+    assert sent == pytest.approx(2 * size * 7 / 8, rel=0.02)
+    (minimum,) = report.minima
+    assert sent <= minimum.bytes <= 1.05 * sent
+    assert {f.kind for f in report.findings} <= {"replicated"}
+    # Neither between forward and backward, where the policy of the layers saves nearly everything.
+    assert not re.findall(r"f32\[5,(64|8),64\]", step.hlo())
+
+    state = step.init(jax.random.key(0))
+    plain = model.dequantize(jax.device_get(state.params))
+    _, gradients = step.gradients(state, batch)
+    expected = jax.grad(lambda scale: loss_of_marked_layers({**plain, "scale": scale}, batch, None))
+    np.testing.assert_allclose(gradients["scale"], expected(plain["scale"]), 1e-5, 1e-6)
+
+
+def test_dequantized_weights_have_the_dtype_of_the_precision():
+    mesh, plain = sk.MeshSpec(data=8).build(), plain_params()
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        step = make_spec({"data": 8}, SMALL, precision=precision).compile(mesh)
+        state = start(step, SMALL.quantize(plain))
+        losses.append(float(step.evaluate(state, BATCH)["loss"]))
+    products = [e for e in equations(step.program.jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_weights_of_ones_own_are_quantized_on_their_devices():

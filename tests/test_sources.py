@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import linecache
 import os
 import pathlib
@@ -21,13 +22,15 @@ from shardkit.report.hlo._source_lines import Sources
 from shardkit.targets import StepSource, compile_for
 
 from ._misplaced import CASES, STRANGERS, avoidable, declare, line_of
+from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 # The TPU compiler needs seconds for each: six of those in a model, or by a constraint.
 ON_TPU = """constraint_on_the_wrong_dim two_column_products nothing_after_attention
     loss_that_gathers_logits linen_down nnx_down""".split()
-ALL = CASES | STRANGERS | MODELS
+WITHOUT_FRAMES = ("linen_scan_constraint", "constraint_in_a_derivative_rule", "nnx_scan")
+ALL = CASES | STRANGERS | MODELS | CONSTRAINTS
 
 
 def compile_case(name, **changes):
@@ -43,14 +46,20 @@ def check_source(name, report):
     if true is None:
         assert first.name == "the optimizer"
         return sent
-    assert not sent or sent[0].source.code.endswith(f"# {name}")
-    if name in BESIDE_PRODUCTS:
+    if sent:  # also where sums that are right send more
+        assert sent[0].source.code.endswith(f"# {name}")
+        lines = report.by_source()
+        # What follows from the mask, at the product with the values, is larger than the fault.
+        lines = lines[1:] if name == "mask_split_by_keys" else lines
+        assert (lines[0].source.file, lines[0].source.line) == true, lines[0].name
+        assert 0 < lines[0].in_findings <= lines[0].bytes
+    if name in (*BESIDE_PRODUCTS, *BESIDE):
         return sent
     assert (first.source.file, first.source.line) == true, first.name
     assert first.source.code.endswith(f"# {name}")
     loss = getattr(ALL[name].loss, "train", ALL[name].loss).__name__
-    # A loop of a library is traced without the frames around it.
-    assert loss in first.source.stack[-1] or name == "linen_scan_constraint"
+    # A loop of a library, and a derivative rule, are traced without the frames around them.
+    assert loss in first.source.stack[-1] or name in WITHOUT_FRAMES
     declared = [end.declared_by for part in first.parts for end in part.row.ends]
     assert any(ALL[name].declared_by in text for text in declared)
     return sent
@@ -66,6 +75,21 @@ def test_the_line_that_is_named_first_is_the_misplaced_one(name):
     case = ALL[name]
     expected = case.finding if jax.__version__.startswith("0.10.") else case.later or case.finding
     assert (sent[0].kind if sent else "") == expected
+
+
+def test_lines_of_findings_come_first_in_every_form():
+    """The product's sum over tensor is right, and sends more than the gather by the constraint."""
+    report = compile_case("norm_by_columns").report()
+    lines = report.by_source()
+    assert lines[1].bytes > lines[0].bytes
+    named = sum(finding.bytes for finding in report.findings)
+    assert sum(line.in_findings for line in lines) == pytest.approx(named, abs=len(lines))
+    assert " in findings  _misplaced_constraints.py" in str(lines).split("\n\n")[1]
+    assert "in findings" in lines._repr_html_()
+    written = json.loads(report.to_json())["by_source"]
+    assert [(line["name"], line["in_findings"]) for line in written] == [
+        (line.name, line.in_findings) for line in lines
+    ]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from .._core.tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 from ..config import Config, apply_overrides, from_record
 from ..hf import decoder_config, load, save
-from ..lm import decoder_model
+from ..lm import Tuning, decoder_model
 from ..mesh import MeshSpec, simulate_devices
 from ..parallel import Strategy
 from ..rules import format_mesh
@@ -104,7 +104,7 @@ def _merge_adapters(params: Any, manifest: Manifest) -> Any:
     if _ADAPTERS not in params:
         return params
     config = from_record(manifest.config or {}, "the checkpoint")
-    return config.lora.adapt(decoder_model(config.decoder)).merge(params)
+    return Tuning(config.decoder, config.lora, None, config.train).merge(params)
 
 
 def _abstract_params(manifest: Manifest) -> dict[str, Any]:

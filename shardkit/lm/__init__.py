@@ -13,7 +13,7 @@ from ._scores import measure_bits_per_token
 from ._sizes import SIZES
 from ._summary import TrainResult
 from ._train import train
-from ._tuning import Pretrained
+from ._tuning import Pretrained, Tuning
 
 __all__ = [
     "SIZES",
@@ -24,6 +24,7 @@ __all__ = [
     "Pretrained",
     "TextTrainConfig",
     "TrainResult",
+    "Tuning",
     "batch_shapes",
     "compile_run",
     "declare_run",

@@ -67,16 +67,20 @@ def declare_run(
       **options: further fields of `StepSpec`: `mode`, `compiler_options`, ….
 
     Raises:
-      ConfigError: the decoder cannot see rows of such a length, or several texts in one.
+      ConfigError: the decoder cannot see rows of such a length, or several texts in one; or
+        quantized weights are to go through a pipeline.
       StepError: the decoder lacks a weight that is to be adapted.
     """
     _check_positions(model, data)
-    decoder = decoder_model(model)
-    adapted = decoder if lora is None or lora.rank is None else lora.adapt(decoder)
+    declared: Any = decoder_model(model)
+    if lora is not None and lora.rank is not None:
+        lora.check_strategy(strategy)
+        adapted = lora.adapt(declared)
+        declared = lora.quantize_base(adapted) or adapted
     return StepSpec(
-        loss_fn=adapted.loss_fn,
+        loss_fn=declared.loss_fn,
         optimizer=optimizer,
-        init=adapted.init,
+        init=declared.init,
         batch=batch_shapes(data),
         strategy=strategy,
         **options,

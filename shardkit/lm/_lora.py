@@ -11,7 +11,8 @@ from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
 from .._core.options import check_options
 from .._core.types import Key, Params, WithAxes, has_axes
 from ..adapters import Model
-from ..peft import LoraModel, lora
+from ..parallel import Strategy
+from ..peft import LoraModel, QuantizedModel, lora, quantize
 
 # What each dim of a weight is: `s` stacked, `i` inputs, `o` outputs.
 _DIMS = {
@@ -20,6 +21,7 @@ _DIMS = {
     **dict.fromkeys(("gate", "up", "down", "router"), "sio"),
     **dict.fromkeys(("expert_gate", "expert_up", "expert_down"), "ssio"),
 }
+_ROUTER = "router"  # small, and decides more than it computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class LoraConfig:
         experts and pipelines, more FLOPs, no dropout.
       base_dtype: of the frozen weights on the devices; None for that of the weights' files, or
         float32 without them.
+      quantize: the blocks' frozen matrices become codes of 8 or 4 bits, which stand for weights of
+        `base_dtype`; see `sk.quantize`. None leaves them as they are.
+      block: elements that share a scale, of the last dim of what a device has of a matrix.
     """
 
     rank: int | None = None
@@ -44,6 +49,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ("query", "key", "value", "out")
     fold: bool = False
     base_dtype: Literal["float32", "bfloat16"] | None = None
+    quantize: Literal["int8", "nf4"] | None = None
+    block: int = 64
 
     def __post_init__(self) -> None:
         """Refuses ranks and targets that no decoder has."""
@@ -60,6 +67,16 @@ class LoraConfig:
         if self.fold and self.dropout:
             why = "drops elements of an input, which a folded adapter does not have"
             problems.append(_problem(f"dropout={self.dropout:g}", why, "dropout=0"))
+        codes = f"quantize={self.quantize}"
+        if self.quantize and self.rank is None:
+            why = "freezes the weights, and there are no adapters to train"
+            problems.append(_problem(codes, why, "rank=8"))
+        if self.quantize and self.fold:
+            why = "has no floats that A B could be added to before the loss"
+            problems.append(_problem(codes, why, "fold=false, or lora.quantize=none"))
+        if self.block < 1 or (self.quantize == "nf4" and self.block % 2):
+            why = "is not a positive number of elements, even for nf4"
+            problems.append(_problem(f"block={self.block}", why, "block=64"))
         for name in self.targets:
             if name not in _DIMS:
                 why = f"has no weight {name!r}; known: {', '.join(_DIMS)}."
@@ -83,6 +100,32 @@ class LoraConfig:
         ranks = {f"layers/{name}": (self.rank, _DIMS[name]) for name in self.targets}
         options: dict[str, Any] = {"alpha": self.alpha, "dropout": self.dropout, "fold": self.fold}
         return lora(base.init, base.loss_fn, ranks, **options)
+
+    def quantize_base(self, adapted: LoraModel) -> QuantizedModel | None:
+        """The same model with codes in place of the frozen matrices; None if none are asked for.
+
+        Raises:
+          StepError: the block does not divide a matrix.
+        """
+        if self.quantize is None:
+            return None
+        layers = jax.eval_shape(adapted.init, jax.random.key(0))["layers"]
+        names = [name for name in _DIMS if name in layers and name != _ROUTER]
+        kinds = {f"layers/{name}": (self.quantize, self.block) for name in names}
+        return quantize(adapted.init, adapted.loss_fn, kinds)
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuses codes in a pipeline.
+
+        Raises:
+          ConfigError: the strategy divides the layers.
+        """
+        axes = [kind.axis for kind in strategy.kinds if "layers" in kind.splits]
+        if self.quantize and axes:
+            why = f"does not go through a pipeline, and the layers are divided over {axes[0]!r}"
+            fix = "quantize=none with lora.fold=true, or a strategy that does not divide the layers"
+            headline = "The adapters do not fit the strategy."
+            raise_all(ConfigError, headline, [_problem(f"quantize={self.quantize}", why, fix)])
 
 
 def _problem(subject: str, why: str, fix: str) -> Problem:

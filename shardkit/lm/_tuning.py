@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.io._files import local_path
 from .._core.types import Key, Params
-from ..peft import LoraModel
+from ..peft import LoraModel, QuantizedModel
 from ..run.callbacks import Callback, RunContext
 from ..step import CompiledStep, StepSpec
 from ._config import TextTrainConfig
@@ -62,9 +62,19 @@ class Tuning:
         has_rank = self.lora is not None and self.lora.rank is not None
         return self.lora.adapt(decoder_model(self.model)) if self.lora and has_rank else None
 
+    @functools.cached_property
+    def quantized(self) -> QuantizedModel | None:
+        """The same with codes for frozen weights; None without."""
+        return self.lora.quantize_base(self.adapted) if self.lora and self.adapted else None
+
     def merge(self, params: Params) -> Params:
-        """Returns the parameters of the decoder itself."""
+        """Returns the parameters of the decoder itself; codes become floats."""
+        params = self.dequantize(params)
         return params if self.adapted is None else self.adapted.merge(params)
+
+    def dequantize(self, params: Params) -> Params:
+        """Returns the parameters with floats in place of codes."""
+        return params if self.quantized is None else self.quantized.dequantize(params)
 
     def check(self, processes: int) -> None:
         """Refuses exports that cannot be written, before a run starts.
@@ -99,7 +109,12 @@ class Tuning:
         if pretrained is None:
             return None
         key = None if self.adapted is None else jax.random.key(self.loop.seed)
-        return lambda step: pretrained.load(spec, mesh, key)
+        codes, adapted = self.quantized, self.adapted
+        if codes is None or adapted is None:
+            return lambda step: pretrained.load(spec, mesh, key)
+        # Each device reads floats where it is to hold codes.
+        floats = spec.replace(init=adapted.init, loss_fn=adapted.loss_fn)
+        return lambda step: codes.quantize(pretrained.load(floats, mesh, key))
 
     def callbacks(self) -> list[Callback]:
         """Returns what writes the exports."""
@@ -116,7 +131,7 @@ class Tuning:
             assert self.adapted is not None, "checked before the run"
             self.adapted.save(
                 paths["export_adapter"],
-                params,
+                self.dequantize(params),
                 names=self.pretrained.module_name,
                 base_model=self.pretrained.folder,
                 task_type="CAUSAL_LM",

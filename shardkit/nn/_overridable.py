@@ -12,16 +12,17 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
-from jax.extend import core
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.extend import core, source_info_util
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem
 from .._core.tracing import TraceContext, record_fact, recorded_facts
 from .._core.types import Accumulate
 from ..rules import axes_of, spec_from_axes
+from ._manual_axis_rules import Dims
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,6 +43,8 @@ class StepContext:
       gradient_shard_axes: those of `row_axes` that `jax.vmap` over gradient shards maps already;
         the rows inside the part are not split over them, and `spec` does not name them.
       moving_row_axes: those of `row_axes` along which an override moves rows between devices.
+      gathered: `(path, mesh axes per dim)` of each parameter that its products want less split
+        than it is stored.
     """
 
     mesh: Mesh
@@ -49,6 +52,7 @@ class StepContext:
     spec: Callable[[Names], PartitionSpec]
     gradient_shard_axes: tuple[str, ...] = ()
     moving_row_axes: tuple[str, ...] = ()
+    gathered: tuple[tuple[str, Dims], ...] = ()
 
     @property
     def free_row_axes(self) -> tuple[str, ...]:
@@ -182,6 +186,27 @@ def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:
         return record_fact(override(active.step, reference, *args, **kwargs), _REACHED, name)
 
     return call
+
+
+def gather_stored(path: str, x: jax.Array) -> jax.Array:
+    """Gathers a form of a parameter, or of one of its layers, as a step gathers its floats.
+
+    Args:
+      path: of the parameter.
+      x: with the parameter's dims, without the first ones in a loop over layers.
+
+    Returns:
+      The same values; outside a compiled step, or where every mesh axis is manual, `x` itself.
+    """
+    active, manual = _active.value, manual_axes()
+    dims = dict(active.step.gathered).get(path) if active else None
+    if active is None or dims is None or set(manual) >= set(active.step.mesh.axis_names):
+        return x
+    spec = spec_from_axes([a for a in dim if a not in manual] for dim in dims[-x.ndim :])
+    sharding = NamedSharding(cast(Mesh, current_mesh(active.step.mesh)), spec)
+    # Of no line of the user's: the parameter's rule and the operation that reads it say why.
+    with source_info_util.user_context(None, name_stack=source_info_util.current_name_stack()):
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def shard_mapped(

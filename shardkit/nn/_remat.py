@@ -14,7 +14,7 @@ import jax
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from .._core.options import option_problems
-from .._core.tracing import TraceContext, equations, record_fact
+from .._core.tracing import TraceContext, equations, record_fact, recorded_facts
 
 _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
@@ -22,6 +22,8 @@ _R = TypeVar("_R")
 
 # Checkpoint name of gathered weights that a strategy keeps from forward to backward.
 KEPT_PARAM = "kept_weight"
+# Fact of what is computed again from less, whatever a policy saves: floats that codes stand for.
+NEVER_SAVED = "never saved"
 # Fact of a loss that is checkpointed as a whole, since it marks no layer.
 WHOLE = "rematerialized as a whole"
 _save_kept_params = _policies.save_only_these_names(KEPT_PARAM)
@@ -93,11 +95,14 @@ def parse_policy(name: str) -> Policy | None:
 def regathering_policy(base: Policy | None, axes: tuple[str, ...]) -> Policy:
     """Returns a policy that also repeats all-gathers over some mesh axes in the backward pass.
 
-    With `base` alone each layer's gathered weights would be saved for the backward pass.
+    With `base` alone each layer's gathered weights would be saved for the backward pass, and those
+    that codes stand for in floats.
     """
 
     def saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
         if primitive.name == "all_gather" and set(params["axis_name"]) <= set(axes):
+            return False
+        if (inner := params.get("call_jaxpr")) and recorded_facts(inner.jaxpr, NEVER_SAVED):
             return False
         return base is None or base(primitive, *avals, **params)
 

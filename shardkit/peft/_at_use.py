@@ -4,10 +4,11 @@ Dequantizing all weights before the loss would be simpler, but would hold a whol
 So the loss is traced, and the trace is evaluated with codes in the place of weights: a loop over
 layers takes the codes of one layer in each turn, and an operation that takes a weight dequantizes
 it under `jax.checkpoint`, so that the backward pass keeps codes and dequantizes them again. Casts
-and what only moves elements wait for that operation:
+and what only moves elements wait for that operation, and a weight that is stored in shards is
+gathered as codes:
 
-    W [layers, embed, mlp]    scan over layers    W[i]                    x W[i].astype(bf16)
-    codes, scales             →                   codes[i], scales[i]     → floats, cast, product
+    W [layers, embed, mlp]    scan over layers   W[i]                x W[i].astype(bf16)
+    codes, scales             →                  codes[i], scales[i] → gather, floats, cast, product
 """
 
 import dataclasses
@@ -20,13 +21,16 @@ from jax.extend import core
 
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program
 from .._core.errors import Problem, StepError, raise_all
+from .._core.tracing import record_fact
 from .._core.types import PyTree
-from ..nn._overridable import overridden
+from ..nn._overridable import gather_stored, overridden
+from ..nn._remat import NEVER_SAVED
 from ._blocks import QuantizedLeaf
 
 _REMAT = ("checkpoint", "remat2")
 # A cast is the same operation on one layer as on all of them; what moves elements is not.
-_CASTS = ("convert_element_type", "reduce_precision", "copy")
+_MARKS = ("shardkit_record", "shardkit_use_param")
+_CASTS = ("convert_element_type", "reduce_precision", "copy", *_MARKS)
 _MOVES = (*_CASTS, "transpose", "reshape", "squeeze", "slice", "broadcast_in_dim")
 
 
@@ -48,9 +52,18 @@ class Codes:
     moves: tuple[core.JaxprEqn, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
+    def is_cast(self) -> bool:
+        """Whether nothing but casts waits, so that codes have the dims of the traced weight."""
+        return all(x.primitive.name in _CASTS for x in self.moves)
+
+    @property
     def has_layers(self) -> bool:
         """Whether a loop may take one layer in each turn."""
-        return self.codes.ndim > 1 and all(x.primitive.name in _CASTS for x in self.moves)
+        return self.codes.ndim > 1 and self.is_cast
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> "Codes":
+        """The same weight, with a function of codes and scales that moves whole blocks."""
+        return dataclasses.replace(self, codes=function(self.codes), scales=function(self.scales))
 
 
 def call_with_codes(loss: Callable[..., PyTree], args: Sequence[Any], weights: PyTree) -> PyTree:
@@ -86,6 +99,8 @@ def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence
         return _bind(equation, *values)
     if name in _MOVES and _is_codes(values[0]) and len(values) == 1:
         return [dataclasses.replace(values[0], moves=(*values[0].moves, equation))]
+    if name == "all_gather" and values[0].is_cast:  # of `mode="shard_map"`
+        return [values[0].map(lambda x: bind(equation, [x])[0])]
     if (inner := inlined_program(equation)) is not None:
         return _evaluate(inner, values)
     if name in _REMAT:
@@ -125,7 +140,18 @@ def _is_codes(x: Any) -> bool:
 def _dequantize(x: Any) -> Any:
     if not _is_codes(x):
         return x
-    weight = x.of.dequantize(x.codes, x.scales)
+    weight = _to_floats(x.map(functools.partial(gather_stored, x.of.leaf.path)))
     for move in x.moves:
         (weight,) = _bind(move, weight)
     return weight
+
+
+@jax.custom_jvp
+def _to_floats(x: Codes) -> jax.Array:
+    """One operation of the trace, which the policy of a `jax.checkpoint` around it can tell."""
+    return record_fact(x.of.dequantize(x.codes, x.scales), NEVER_SAVED)
+
+
+@_to_floats.defjvp
+def _to_floats_jvp(primals: tuple[Codes], tangents: tuple[Codes]) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(lambda x: x.of.dequantize(x.codes, x.scales), primals, tangents)

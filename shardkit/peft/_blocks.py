@@ -63,14 +63,18 @@ class QuantizedLeaf:
         return codes[..., 0::2] << 4 | codes[..., 1::2], scales
 
     def dequantize(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        """The weight that codes and scales stand for, or a part of it: a layer, a shard."""
+        """The weight that codes and scales stand for, or a part of it: a layer, a shard.
+
+        A step whose compute dtype is another than f32 casts the scales to it; so is the weight.
+        """
         if self.kind == "int8":
             parts = codes.astype(jnp.float32) / 127
         else:
             both = jnp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], -1)
             parts = jnp.asarray(_NF4, jnp.float32)[both]
         weight = self._in_blocks(parts) * scales[..., None]
-        return weight.reshape(parts.shape).astype(self.leaf.dtype)
+        dtype = self.leaf.dtype if scales.dtype == jnp.float32 else scales.dtype
+        return weight.reshape(parts.shape).astype(dtype)
 
     def _in_blocks(self, x: Any) -> Any:
         return x.reshape(*x.shape[:-1], -1, self.block)

@@ -10,6 +10,7 @@ from .._core.io._table import Column, Table
 from .._core.source import Source
 from .._core.tree import format_bytes
 from .communication._ledger import Ledger, LedgerRow
+from .findings._finding import Finding, named_shares
 
 _WIDTH, _PARTS = 100, 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
@@ -25,12 +26,15 @@ class SourceCost:
       name: `model.py:42 in attend`; without a line `"the optimizer"` (the update and its norms) or
         `"unknown"`.
       bytes: wire bytes per device and step.
+      in_findings: those of them that findings are about: what is sent beyond the minimum, as far
+        as that is known.
       parts: what it sends, the most bytes first.
     """
 
     source: Source | None
     name: str
     bytes: int
+    in_findings: int
     parts: tuple["SourcePart", ...]
 
     def part_cells(self) -> Iterator[tuple[str, str, str]]:
@@ -74,7 +78,9 @@ class SourcePart:
 
 @dataclasses.dataclass(frozen=True)
 class BySource(Sequence[SourceCost]):
-    """The lines of code that send something, the most bytes first; they add up to the ledger.
+    """The lines of code that send something; they add up to the ledger.
+
+    Those with the most bytes in findings come first, of the others those with the most bytes.
 
     Attributes:
       costs: one per line.
@@ -100,10 +106,12 @@ class BySource(Sequence[SourceCost]):
 
     def _repr_html_(self) -> str:
         code = [(cost.source.code if cost.source else "", cost) for cost in self.costs]
-        rows = [(cost.name, format_bytes(cost.bytes), text) for text, cost in code]
-        return notebook_html(
-            repr(self), Table(["source", Column("sent", right=True), "code"], rows)
-        )
+        rows = [
+            (cost.name, format_bytes(cost.bytes), format_bytes(cost.in_findings), text)
+            for text, cost in code
+        ]
+        sizes = (Column("sent", right=True), Column("in findings", right=True))
+        return notebook_html(repr(self), Table(["source", *sizes, "code"], rows))
 
     def __str__(self) -> str:
         """For each line its bytes and code; below it, what it sends and why."""
@@ -113,30 +121,35 @@ class BySource(Sequence[SourceCost]):
             share = f"{cost.bytes / total:.0%}" if total else "0%"
             code = f"  {cost.source.code}" if cost.source and cost.source.code else ""
             code = _WHY_UNKNOWN if cost.name == UNKNOWN else code
-            parts += [f"\n{format_bytes(cost.bytes)} ({share})  {cost.name}{code}"]
+            beyond = f", {format_bytes(cost.in_findings)} in findings" if cost.in_findings else ""
+            parts += [f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}{code}"]
             columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
             parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(_WIDTH))
         return "\n".join(parts)
 
 
-def group_by_source(ledger: Ledger) -> BySource:
+def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySource:
     """Groups the wire bytes of a ledger by source line.
 
     The bytes of a collective that combines arrays of several lines are divided among them in
     proportion to the arrays. The sum over all lines is `ledger.total()`.
     """
-    lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart]]] = {}
-    for row in ledger:
+    lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
+    for row, share in zip(ledger, named_shares(ledger, findings), strict=True):
         for source, part in _divide_row(row):
             key = (source.file, source.line) if source else (_name_unknown(row), 0)
-            lines.setdefault(key, []).append((source, part))
+            lines.setdefault(key, []).append((source, part, part.bytes * share))
     costs = []
     for (name, _), found in lines.items():
         source = found[0][0]
-        parts = sorted((part for _, part in found), key=lambda part: -part.bytes)
-        total = sum(part.bytes for part in parts)
-        costs.append(SourceCost(source, str(source) if source else name, total, tuple(parts)))
-    return BySource(tuple(sorted(costs, key=lambda cost: -cost.bytes)))
+        parts = tuple(sorted((part for _, part, _ in found), key=lambda part: -part.bytes))
+        total, named = (
+            sum(sizes) for sizes in zip(*((p.bytes, n) for _, p, n in found), strict=True)
+        )
+        costs.append(
+            SourceCost(source, str(source) if source else name, total, round(named), parts)
+        )
+    return BySource(tuple(sorted(costs, key=lambda cost: (-cost.in_findings, -cost.bytes))))
 
 
 def _divide_row(row: LedgerRow) -> Iterator[tuple[Source | None, SourcePart]]:

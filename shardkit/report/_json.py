@@ -46,9 +46,10 @@ def to_json(report: ReportData, indent: int | None = 1) -> str:
             "name": cost.name,
             "code": cost.source.code if cost.source else "",
             "bytes": cost.bytes,
+            "in_findings": cost.in_findings,
             "parts": list(cost.part_cells()),
         }
-        for cost in group_by_source(report.ledger)
+        for cost in group_by_source(report.ledger, report.findings)
     ]
     fields["colors"] = axis_colors(axis.axis for axis in traffic)
     return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import PartitionSpec
 
@@ -79,14 +80,14 @@ class PlacedLeaf:
 
         Args:
           sizes: mesh axis → devices along it.
-          dtype: XLA's name of a dtype to count as, `"bf16"`; None: the leaf's own.
+          dtype: XLA's name of a dtype to count floats as, `"bf16"`; None: the leaf's own.
 
         >>> import numpy as np
         >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
         >>> PlacedLeaf("params", leaf, PartitionSpec("data")).device_bytes({"data": 4})
         32
         """
-        if dtype is None:
+        if dtype is None or not jnp.issubdtype(self.leaf.dtype, jnp.inexact):
             return nbytes(self.shard(sizes), self.leaf.dtype)
         return math.prod(self.shard(sizes)) * dtype_bits(dtype) // 8
 
@@ -341,13 +342,12 @@ class Program:
 
         Args:
           axis: a mesh axis.
-          dtype: XLA's name of a dtype to count them as; None: each in its own.
+          dtype: XLA's name of a dtype to count floats as; None: each in its own.
           split: which of the two.
           trained: whether to leave out frozen ones, which have no gradients.
         """
-        sizes = self.sizes
         return sum(
-            leaf.device_bytes(sizes, dtype)
+            leaf.device_bytes(self.sizes, dtype)
             for leaf in self.leaves
             if leaf.part == "params" and (axis in leaf.axes()) == split
             if not (trained and leaf.frozen)

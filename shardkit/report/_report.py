@@ -57,10 +57,10 @@ class Report(ReportData):
     def by_source(self) -> BySource:
         """Returns what the step sends, by the line of code that causes it; printed, with reasons.
 
-        Each collective names what made its array, what reads the result, and the declaration
-        behind it, as far as the compiled program says.
+        Lines that findings are about come first. Each collective names what made its array, what
+        reads the result, and the declaration behind it, as far as the compiled program says.
         """
-        return group_by_source(self.ledger)
+        return group_by_source(self.ledger, self.findings)
 
     def compare(self, after: ReportData) -> Comparison:
         """Returns what changed from this report to another."""

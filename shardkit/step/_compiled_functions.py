@@ -165,8 +165,9 @@ class CompiledFunctions:
             names.mesh,
             layout.row_axes,
             SpecsInLoss(names, per_shard, self._bound.spec.strategy.names),
-            names.shard_axes if per_shard else (),
-            layout.inner_axes,
+            gradient_shard_axes=names.shard_axes if per_shard else (),
+            moving_row_axes=layout.inner_axes,
+            gathered=layout.gathered_dims(self._bound.spec.strategy.kinds),
         )
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"

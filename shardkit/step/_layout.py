@@ -19,7 +19,9 @@ from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import Batch, Follows, Key, Params, PyTree, strip_axes
 from ..data import rows_of_shardings
+from ..nn._manual_axis_rules import Dims
 from ..parallel import (
+    Kind,
     Strategy,
     check_axes_used,
     check_composition,
@@ -116,6 +118,22 @@ class StepLayout:
         specs = [s.spec for s in jax.tree.leaves(self.shardings.params)]
         split = {axis for spec in specs for entry in spec for axis in axes_of(entry)}
         return tuple(axis for axis in self.row_axes if axis in split)
+
+    def gathered_dims(self, kinds: Sequence[Kind]) -> tuple[tuple[str, Dims], ...]:
+        """Path and mesh axes per dim of each parameter that is stored in shards, gathered for use.
+
+        It is gathered over axes that split the rows too, but for those whose kind says otherwise:
+        experts stay where they are.
+        """
+        kept = {kind.axis for kind in kinds} - {k.axis for k in kinds if "weights" in k.splits}
+        over, gathered = set(self.storage_axes) - kept, []
+        shardings = jax.tree.leaves(self.shardings.params)
+        for leaf, sharding in zip(list_leaves(self.state.params), shardings, strict=True):
+            whole = [()] * (len(leaf.shape) - len(sharding.spec))
+            stored = (*map(axes_of, sharding.spec), *whole)
+            dims = tuple(tuple(a for a in axes if a not in over) for axes in stored)
+            gathered += [(leaf.path, dims)] if dims != stored else []
+        return tuple(gathered)
 
 
 def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Key], TrainState]:

@@ -181,7 +181,7 @@ def _build_declared(
         ),
         activation_axes=_activation_axes(bound),
         owned=cast(tuple[tuple[str, float], ...], tuple(*recorded_facts(jaxpr.jaxpr, OWNED))),
-        governing=tuple(find_governing_constraints(jaxpr.jaxpr, activations)),
+        governing=tuple(find_governing_constraints(jaxpr.jaxpr, activations, placed)),
     )
 
 

@@ -11,7 +11,6 @@ Only what the program says is reported; what is not certain is left empty.
 """
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 from ..._core.source import Source
@@ -125,6 +124,11 @@ class _EndsReader:
         """
         if row.kind in REDUCING or last_name(row.op_name) in EXPLICIT:
             return own
+        odd = {
+            one.source for one in self._program.declared.governing if one.disagrees & {*row.axes}
+        }
+        if len(odd) == 1:
+            return next(iter(odd))
         near = wanted.source if wanted and wanted.source else own
         if made and made.phase in _COMPUTED and wanted:
             near = self._entry(row.axes, wanted) or near
@@ -136,25 +140,7 @@ class _EndsReader:
         for_loss = row.kind == "all-gather" and (not wanted or wanted.phase in _COMPUTED)
         if found is None and made and made.source and for_loss:
             found = find_governing(made.source, row.axes, governing, batch_axes)
-        if found is None and made and made.phase in _COMPUTED and set(row.axes) <= batch_axes:
-            found = self._moving_rows
         return found or near
-
-    @functools.cached_property
-    def _moving_rows(self) -> Source | None:
-        """The only constraint that splits another dim over an axis of the rows.
-
-        What it does to an array, the backward pass undoes elsewhere: at the sum of two cotangents,
-        or in the product before it.
-        """
-        batch = [leaf.dims() for leaf in self._program.leaves if leaf.part == "batch"]
-        rows = self._program.batch_axes - {a for dims in batch for dim in dims[1:] for a in dim}
-        moved = {
-            (one.source.file, one.source.line): one.source
-            for one in self._program.declared.governing
-            if any(rows & set(dim) for dim in one.dims[1:])
-        }
-        return next(iter(moved.values())) if len(moved) == 1 else None
 
     def _entry(self, axes: tuple[str, ...], wanted: "_Operation") -> Source | None:
         """The line where axes come in, if what is sent over them is of no declaration at its ends.

@@ -27,12 +27,14 @@ class GoverningConstraint:
       dims: mesh axes that split each dim of the constrained array, without those left open.
       lines: `(file, line)` of the operations between it and the last product before it.
       open: it leaves a dim to the partitioner, as `jax.vmap` does with the one that it maps.
+      disagrees: mesh axes over which all other declarations agree without it.
     """
 
     source: Source
     dims: tuple[tuple[str, ...], ...]
     lines: frozenset[Line]
     open: bool = False
+    disagrees: frozenset[str] = frozenset()
 
     def forbids(self, axes: Sequence[str], batch_axes: Collection[str]) -> bool:
         """Whether it keeps a result from being split as its operands are.

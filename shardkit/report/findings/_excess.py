@@ -13,7 +13,7 @@ from ..communication._minimum import (
     weight_axes,
 )
 from ..communication._reductions import REDUCING
-from ._finding import Finding
+from ._finding import Finding, named_shares
 from ._row_axes import COMPUTING, ParameterForms, is_moved, row_axes
 
 # Traffic up to this many times a minimum needs no explanation.
@@ -33,7 +33,7 @@ def explain_excess(
     program: Program, minima: Sequence[Minimum], findings: Sequence[Finding]
 ) -> tuple[Minimum, ...]:
     """Returns the minima with what is sent beyond each, by reason, the most first."""
-    named = _named_shares(program, findings)
+    named = named_shares(program.ledger, findings)
     kinds, forms = judging_kinds(program), ParameterForms(program)
     explained = []
     for least in minima:
@@ -57,16 +57,6 @@ def _most_first(excess: dict[str, float], beyond: float) -> tuple[tuple[str, int
         left -= parts[name]
     ordered = sorted(parts.items(), key=lambda item: -item[1])
     return tuple((name, round(size)) for name, size in ordered if size > _WORTH * beyond)
-
-
-def _named_shares(program: Program, findings: Sequence[Finding]) -> list[float]:
-    """Share of each row of the ledger that findings are about, at most 1."""
-    shares = [0.0] * len(program.ledger)
-    for finding in findings:
-        wire = sum(program.ledger[number].wire_bytes for number in finding.rows)
-        for number in finding.rows if wire else ():
-            shares[number] = min(1.0, shares[number] + finding.bytes / wire)
-    return shares
 
 
 def _reasons(

@@ -55,6 +55,16 @@ def row_numbers(ledger: Ledger) -> dict[int, int]:
     return {id(row): number for number, row in enumerate(ledger)}
 
 
+def named_shares(ledger: Ledger, findings: Sequence[Finding]) -> list[float]:
+    """Share of each row of the ledger that findings are about, at most 1."""
+    shares = [0.0] * len(ledger)
+    for finding in findings:
+        wire = sum(ledger[number].wire_bytes for number in finding.rows)
+        for number in finding.rows if wire else ():
+            shares[number] = min(1.0, shares[number] + finding.bytes / wire)
+    return shares
+
+
 def bytes_by_source(rows: Iterable[tuple[LedgerRow, float]]) -> dict[Source, float]:
     """Bytes of each line of code, the most first; rows of unknown lines are left out."""
     lines: dict[tuple[str, int], tuple[Source, float]] = {}

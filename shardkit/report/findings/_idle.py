@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from ..._core.tree import format_bytes
+from ..._core.tree import ends_path, format_bytes
 from .._program import PlacedLeaf, Program
 from ..hlo._scope import scope_of
 from ._finding import Finding
@@ -82,7 +82,7 @@ def unused_rules(program: Program) -> Iterator[Finding]:
 
 
 def replicated_optimizer_state(program: Program) -> Iterator[Finding]:
-    """Optimizer state that ZeRO cannot split, since no dim divides."""
+    """Optimizer state that ZeRO cannot split, or that is split less than its parameter."""
     declared, sizes = program.declared, program.sizes
     axes = [kind.axis for kind in declared.kinds if "optimizer_state" in kind.splits]
     for axis in (axis for axis in axes if sizes.get(axis, 1) > 1):
@@ -98,6 +98,31 @@ def replicated_optimizer_state(program: Program) -> Iterator[Finding]:
                 why=f"no dim of {leaf.leaf} is a multiple of {axis}={sizes[axis]} in shards of the "
                 f"other axes: all {sizes[axis]} devices hold and update the same state",
                 fix=f"sizes that divide, or another size of {axis!r}; a small leaf costs little",
+            )
+    yield from _unsplit_moments(program)
+
+
+def _unsplit_moments(program: Program) -> Iterator[Finding]:
+    """Optimizer state that is whole over an axis which splits its parameter."""
+    params = {leaf.leaf.path: leaf for leaf in program.leaves if _is_param(leaf)}
+    for leaf in program.leaves:
+        own = [
+            one
+            for path, one in params.items()
+            if ends_path(leaf.leaf.path, path) and one.leaf.shape == leaf.leaf.shape
+        ]
+        axes = [axis for axis in own[0].axes() if axis not in leaf.axes()] if own else []
+        if leaf.part == "opt_state" and axes:
+            ways = math.prod(program.sizes[axis] for axis in axes)
+            size = leaf.device_bytes(program.sizes)
+            yield Finding(
+                "replicated_optimizer_state",
+                leaf=leaf.name,
+                axes=tuple(axes),
+                bytes=size * (ways - 1) // ways,
+                why=f"{', '.join(axes)} splits {own[0].name} and not {leaf.leaf}, so that the "
+                "update gathers what it computes of it",
+                fix="no opt_state= for it: optimizer state follows its parameter",
             )
 
 

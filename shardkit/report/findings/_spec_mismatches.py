@@ -4,11 +4,9 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from ..._core.source import Source
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
@@ -250,36 +248,11 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
             scope=rows[0].scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
-            **_at_a_constraint(about_rows(program.ledger, rows), source, target, program),
+            **about_rows(program.ledger, rows),
             why=f"{_format_leaf(source)} meets {_format_leaf(target)}: gathered over "
             f"{', '.join(axes)} ({phases})",
             fix=_suggest_common_spec(source, target),
         )
-
-
-def _at_a_constraint(
-    about: dict[str, Any], source: PlacedLeaf, target: PlacedLeaf, program: Program
-) -> dict[str, Any]:
-    """The fields of a finding about two constraints, with the line of one of them.
-
-    That is the spec which fewer lines say: of many constraints of a residual, the odd one. Where as
-    many say either, it is the line that the compiler names if that is a constraint; else that of
-    the source, from which the array is gathered.
-    """
-
-    def lines_of(spec: PlacedLeaf) -> dict[tuple[str, int], Source]:
-        governing = program.declared.governing
-        saying = [one.source for one in governing if one.dims == spec.dims()]
-        return {(line.file, line.line): line for line in saying}
-
-    if source.part == "params":
-        return about
-    first, second, named = lines_of(source), lines_of(target), about["source"]
-    odd = min(first, second, key=len)
-    is_named = named is not None and (named.file, named.line) in first | second
-    if len(odd) != 1 or (len(first) == len(second) and is_named):
-        return about
-    return {**about, "source": next(iter(odd.values()))}
 
 
 def _mismatched_specs(row: LedgerRow, program: Program) -> Iterator[tuple[PlacedLeaf, PlacedLeaf]]:

@@ -6,6 +6,8 @@ function draw_sources() {
   const largest = Math.max(1, ...lines.map((one) => one.bytes));
   const sent = { title: "sent", value: (one) => one.bytes, number: true };
   sent.show = (one) => bytes(one.bytes);
+  const beyond = { title: "in findings", value: (one) => one.in_findings, number: true };
+  beyond.show = (one) => (one.in_findings ? bytes(one.in_findings) : "");
   const made = table(
     [
       {
@@ -15,6 +17,7 @@ function draw_sources() {
         show: (one) => opener(one.name, () => reasons(one), 5),
       },
       sent,
+      beyond,
       {
         title: "share",
         value: (one) => one.bytes,
@@ -24,10 +27,11 @@ function draw_sources() {
       { title: "", value: (one) => one.bytes, show: (one) => bar(one.bytes, largest), hint: "Sort" },
       { title: "code", value: (one) => one.code, wide: true, show: (one) => el("code", {}, one.code) },
     ],
-    { caption: "Bytes sent by source line", sort: sent },
+    { caption: "Bytes sent by source line", sort: beyond },
   );
   made.fill(lines);
-  const said = `${bytes(report.sent)} sent per device and step, by the line that causes it.`;
+  const said = `${bytes(report.sent)} sent per device and step, by the line that causes it. `
+    + "Those that findings are about come first.";
   target.append(el("p", { class: "quiet" }, said), made.node);
 }
 
