@@ -539,6 +539,23 @@ def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
         )
 
 
+# Each takes 4 of the rows, which are all rows of a part of 4.
+OF_A_PART = {
+    "groups": lambda p, x, k: jnp.mean(mlp(p, x).reshape(-1, 4, 4).mean(0) ** 2),
+    "taken": lambda p, x, k: jnp.mean(mlp(p, jax.lax.dynamic_slice(x, (0, 0), (4, 4)))),
+    "shifted": lambda p, x, k: jnp.mean(mlp(p, jnp.concatenate([x, x**2])[4 : 4 + len(x)])),
+    "padded": marked(lambda zeros: jnp.pad(jnp.ones((4, 1)), ((0, len(zeros) - 4), (0, 0)))),
+    "overwritten": marked(
+        lambda zeros: jax.lax.dynamic_update_slice(zeros, jnp.ones((4, 1)), (0, 0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_PART)
+def test_an_operation_is_followed_on_the_rows_of_a_part_and_on_all(name):
+    assert isinstance(followed(OF_A_PART[name], X, rows=RowCounts(4, 32))[0], Mixed)
+
+
 @pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)
 def test_the_marks_of_a_model_leave_rows_as_they_are(primitive):
     assert RULES[primitive.name] is RULES["copy"]

@@ -12,7 +12,7 @@ from ._states import Cause, Degree, Mixed, PerRow, State
 
 
 class RowCounts(NamedTuple):
-    """Numbers of rows of the two traces that are compared: at least 2, and more."""
+    """Numbers of rows of the two traces that are compared: at least 2 each, and not equal."""
 
     few: int
     many: int
@@ -48,6 +48,10 @@ class Equation:
     few: core.JaxprEqn
     many: core.JaxprEqn
     rows: RowCounts
+
+    def turned(self) -> "Equation":
+        """The same with the two traces in each other's place."""
+        return Equation(self.many, self.few, RowCounts(self.rows.many, self.rows.few))
 
     @property
     def n(self) -> int:

@@ -90,13 +90,28 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
         results = special[equation.name](equation, states)
         return [equation.placed(state) for state in results]
     if equation.name in RULES:
-        return RULES[equation.name](equation, states)
+        return _by_rule(equation, states)
     for name in _INNER:
         if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
             results = _follow_pair(few, many, states, equation.rows)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
+
+
+def _by_rule(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """What both traces say: in one of 4 rows `x.reshape(-1, 4)` and `x[:4]` leave rows whole."""
+    of_rule = RULES[equation.name]
+    pairs = zip(of_rule(equation, states), of_rule(equation.turned(), states), strict=True)
+    differs = equation.mixed(f"does one thing with {equation.rows.few} rows, another with more")
+    return [
+        few
+        if few == many or isinstance(few, Mixed)
+        else many
+        if isinstance(many, Mixed)
+        else differs
+        for few, many in pairs
+    ]
 
 
 def _has_all_rows(equation: Equation) -> bool:

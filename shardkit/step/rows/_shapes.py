@@ -219,7 +219,7 @@ def _pad(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     state, filler = states
     config = equation.params["padding_config"]
     if not isinstance(state, PerRow) or not any(config[state.dim]):
-        uneven = any(any(config[dim]) for dim in equation.growing(0))
+        uneven = any(any(config[dim]) for dim in equation.out_growing())
         same = isinstance(state, AlwaysZero) and isinstance(filler, AlwaysZero)
         return [equation.mixed(PICKS) if uneven and not same else join(equation, states)]
     low, high, inner = config[state.dim]
