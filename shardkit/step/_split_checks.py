@@ -2,25 +2,28 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
 from .._core.draws import list_draws
 from .._core.errors import Problem, StepError, raise_all
+from .._core.row_dims import count_rows
 from .._core.tree import list_leaves
+from .._core.types import Mean, Scalar
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import LossArgs
 from ._layout import StepLayout
-from ._objective import Objective, build_objective
+from ._objective import LossOutput, Objective, build_objective
 from ._unbound_axes import batch_axes
-from .rows import check_rows
+from .rows import check_rows, derive_solves_alike
 
 
 def check_split_rows(
     bound: BoundSpec, layout: StepLayout, loss: Objective, args: LossArgs, *, gradients: bool = True
-) -> None:
+) -> dict[str, int]:
     """Refuses a loss that depends on rows together, where the step splits them.
 
     Args:
@@ -30,34 +33,68 @@ def check_split_rows(
       args: its abstract arguments.
       gradients: the step computes gradients too, not only the loss.
 
+    Returns:
+      For `add_up_parts`.
+
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
     splits = next(_row_splits(bound, layout, gradients), None)
     if not splits:
-        return
+        return {}
     on_shards = isinstance(bound.spec.loss_fn, ShardMapLoss)
     problems = list(_stage_problems(bound, layout))
     if (unclear := layout.batch_rows.problem) and not on_shards:
         problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
     raise_all(StepError, "The rows of the batch cannot be split.", problems)
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
-    named = batch_axes(jax.make_jaxpr(loss)(*args).jaxpr)
-    if bound.follows_rows:
-        partition = layout.partition if gradients else None
-        on_parts = bound.spec.mode == "shard_map"
-        frozen = build_objective(bound.spec.loss_fn, bound.mesh, evaluate=True)
-        check_rows(
-            loss,
-            args,
-            layout.row_dims,
-            splits,
-            partition=partition,
-            part=_part_rows(bound, layout, gradients),
-            over_parts=named if on_parts else (),
-            # On whole micro-batches mutable state may be their statistics.
-            frozen=frozen if bound.spec.stateful and not on_parts else None,
-        )
+    program = jax.make_jaxpr(loss)(*args).jaxpr
+    named = batch_axes(program)
+    if not bound.follows_rows:
+        return {}
+    partition = layout.partition if gradients else None
+    on_parts = bound.spec.mode == "shard_map"
+    frozen = build_objective(bound.spec.loss_fn, bound.mesh, evaluate=True)
+    return check_rows(
+        derive_solves_alike(loss, program),
+        args,
+        layout.row_dims,
+        splits,
+        partition=partition,
+        part=_part_rows(bound, layout, gradients),
+        over_parts=named if on_parts else (),
+        # On whole micro-batches mutable state may be their statistics.
+        frozen=frozen if bound.spec.stateful and not on_parts else None,
+        # A pipeline averages what its last part returns.
+        adds=not any(_staged_kinds(bound)),
+    )
+
+
+def add_up_parts(loss: Objective, growth: Mapping[str, int], layout: StepLayout) -> Objective:
+    """Weighs what parts of the rows give so that sums over rows are added up, not averaged.
+
+    Of 32 rows, `jnp.sum(e) / 32` is the sum of what 4 parts of 8 rows give: a weight of 1/4 each.
+
+    Args:
+      loss: on any rows.
+      growth: from `check_split_rows`: the power of the rows with which each result grows.
+      layout: how many rows there are in all, and where the batch has them.
+    """
+    if not any(growth.values()):
+        return loss
+
+    def run(*args: Any) -> tuple[Scalar, LossOutput]:
+        total, output = loss(*args)
+        (rows,) = count_rows(args[2], layout.row_dims)
+
+        def weigh(name: str, mean: Mean) -> Mean:
+            power = growth.get(name, 0)
+            return Mean(mean.total, mean.weight * (rows / layout.rows) ** power) if power else mean
+
+        metrics = {name: weigh(name, metric) for name, metric in output.metrics.items()}
+        return total, LossOutput(weigh("loss", output.loss), metrics, output.model_state)
+
+    return run
 
 
 def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
@@ -78,7 +115,7 @@ def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
     fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
     if bound.spec.mode == "shard_map":
         why = "would have every micro-batch pass on the model state"
-        fix = 'mode="auto", or accumulate=1'
+        fix = 'accumulate=1; or mode="auto" with accumulate=sk.Accumulate(k, "every")'
     problems = [Problem("accumulate, precision.reduce_dtype", why, fix)]
     raise_all(StepError, "Mutable state of the model cannot be divided.", problems)
 

@@ -44,7 +44,9 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if isinstance(operand, AlwaysZero):
         return [operand]
     rows, index = place
-    if index is not None or not isinstance(operand, Constant):
+    # What is alike for all rows is so wherever a row looks it up.
+    alike = index is not None and numbers.start_index_map[index] in equation.growing(0)
+    if not isinstance(operand, Constant) or (index is not None and not alike):
         return [equation.mixed("looks up a table by a row's place in the batch")]
     return [PerRow(_place_dim(equation, rows.dim), rows.outer, rows.inner, operand.degree)]
 

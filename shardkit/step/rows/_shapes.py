@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ._equation import Equation
-from ._rules import PICKS, TOGETHER, elementwise, first_mixed, join, moved, rule
+from ._rules import BY_ROW, PICKS, TOGETHER, elementwise, first_mixed, join, moved, rule
 from ._states import (
     AlwaysZero,
     Columns,
@@ -121,7 +121,7 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         inner, left = divmod(behind, math.prod(new[dim + 1 :]))
         if not rest and not left and new[dim] == outer * equation.n * inner:
             return [PerRow(dim, outer, inner, state.degree, state.role)]
-    return [equation.mixed("splits rows up, or folds several into one")]
+    return [equation.mixed("splits rows up, or folds several into one", fix=BY_ROW)]
 
 
 def _folds_parts(equation: Equation) -> bool:
