@@ -101,7 +101,7 @@ def check_rows(
 
 def _growth(output: LossOutput) -> dict[str, int]:
     """Powers of the rows in `total / weight`, where they are known."""
-    means = {"loss": output.loss, **output.metrics}
+    means: dict[str, Any] = {"loss": output.loss, **output.metrics}
     degrees = {name: (_degree(mean.total), _degree(mean.weight)) for name, mean in means.items()}
     return {
         name: total - weight

@@ -77,10 +77,9 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
         if isinstance(a, core.Literal) and isinstance(b, core.Literal):
             return _literal_state(a.val, b.val, rows)
         if isinstance(a, core.Literal) or same[a] is not b:
-            name, line = (user.primitive.name, user_line(user)) if user else ("return", ())
-            return Mixed(
-                Cause(name, f"takes something else where there are {rows.many} rows", *line)
-            )
+            where, code = user_line(user) if user else ("", "")
+            why = f"takes something else where there are {rows.many} rows"
+            return Mixed(Cause(user.primitive.name if user else "the result", why, where, code))
         return states[a]
 
     if len(few.eqns) != len(many.eqns):
