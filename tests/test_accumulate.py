@@ -439,3 +439,58 @@ def test_a_sum_over_fewer_rows_than_declared_is_not_evaluated():
     state = step.init(jax.random.key(0))
     with pytest.raises(sk.errors.BatchError, match="which would be averaged over the parts"):
         step.evaluate(state, {"x": BATCH["x"][:3, 0]})
+
+
+def with_rule(rule):
+    @jax.custom_vjp
+    def same(y):
+        return y
+
+    same.defvjp(lambda y: (y, None), lambda _, g: (rule(g),))
+    return same
+
+
+RULES = {
+    "clipped": with_rule(lambda g: jnp.clip(g, -1e-2, 1e-2)),
+    "of length one": with_rule(lambda g: g / jnp.linalg.norm(g)),
+}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
+def test_a_rule_that_is_not_linear_gets_the_gradients_of_a_micro_batch(weighted, rule, devices):
+    """Beside statistics of micro-batches: `sum(weight · grad(mean)) / sum(weight)`, by hand."""
+
+    def train(params, batch, key, state):
+        y = jnp.tanh(batch["x"] @ params["w"])
+        errors = ((rule((y - y.mean(0)) / jnp.sqrt(y.var(0) + 1e-3)) - 1) ** 2).mean(-1)
+        mean = sk.Mean(jnp.sum(errors * batch["m"]), batch["m"].sum())
+        return mean if weighted else errors.mean(), {}, {"mean": y.mean(0)}
+
+    def evaluate(params, batch, key, state):
+        return jnp.mean((batch["x"] @ params["w"] - state["mean"]) ** 2), {}, state
+
+    batch = {"x": BATCH["x"][:, 0], "m": np.arange(ROWS) % 5 < 3}
+    params, state = {"w": np.eye(EMBED, dtype="f")}, {"mean": np.zeros(EMBED, "f")}
+    step = sk.compile_step(
+        sk.Loss(train, evaluate, stateful=True),
+        optax.sgd(0.1),
+        init=lambda key: sk.Variables(params, state),
+        batch=batch,
+        mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
+        strategy=sk.strategies.data(),
+        accumulate=sk.Accumulate(2, "every"),
+    )
+    _, grads = step.gradients(step.init(jax.random.key(0)), batch)
+    totals, weights = 0.0, 0.0
+    for i in range(2):
+        rows = {name: x[i::2] for name, x in batch.items()}
+        weight = rows["m"].sum() if weighted else 1
+
+        def mean(p, rows=rows):
+            loss = train(p, rows, None, state)[0]
+            return loss.total / loss.weight if weighted else loss
+
+        totals, weights = totals + weight * jax.grad(mean)(params)["w"], weights + weight
+    np.testing.assert_allclose(grads["w"], totals / weights, rtol=1e-4, atol=1e-6)

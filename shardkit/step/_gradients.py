@@ -193,7 +193,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
     steps = plan.micro_batches
-    differentiate = value_and_grad(objective, whole=steps == 1)
+    differentiate = value_and_grad(objective, whole=steps == 1, of_means=True)
     run_gradient = keep_convolutions(differentiate, plan.bound, plan.layout)
     if steps == 1:
         output, grads = run_gradient(params, model_state, batch, key)
