@@ -243,6 +243,12 @@ MEANS = {
     ),
     "one-hot": (lambda p, x, y, k: jnp.mean(jax.nn.one_hot(y, 4) * mlp(p, x)), (X, LABELS)),
     "table": (lambda p, t, k: jnp.mean(p["w"][t] ** 2), (TOKENS,)),
+    "positions": (
+        lambda p, x, k: jnp.mean(
+            p["w"][jnp.broadcast_to(jnp.arange(4), x.shape)] * x[..., None] + mlp(p, x)[:, None]
+        ),
+        (X,),
+    ),
     "decay": (lambda p, x, k: jnp.mean(mlp(p, x) ** 2) + 1e-3 * jnp.sum(p["w"] ** 2), (X,)),
     "folded": (
         lambda p, x, k: jnp.mean((x.reshape(-1, 4) @ p["w"]).reshape(x.shape) ** 2),
@@ -329,6 +335,10 @@ def mixed_up(p, x, k):
     return jnp.mean((y + y[jax.random.permutation(k, len(y))]) ** 2)
 
 
+def mirrored(times):
+    return jnp.concatenate([times, 1 - times])
+
+
 def of_slots(turn):
     """The mean of rows that a loop by number leaves behind."""
     return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
@@ -352,6 +362,11 @@ OTHERS = {
         lambda p, x, k: looped(lambda x: 0.0, lambda p, x, i, c: c + i * x[i].sum())(p, x),
         (X,),
         "mul",
+    ),
+    "a draw for two rows": (
+        lambda p, x, k: jnp.mean(mirrored(jax.random.uniform(k, (len(x) // 2, 1))) * mlp(p, x)),
+        (X,),
+        "random_bits",
     ),
     "another operand": (
         lambda p, x, k: jnp.mean(jnp.tanh(*[[x @ p["w"], x * p["w"][0]][len(x) > ROWS]]) + 0 * x),
@@ -596,6 +611,7 @@ def test_a_ratio_of_sums_is_known_as_one():
         (lambda p, x, k: jnp.sum(mlp(p, x)) / ROWS, RowSum(1)),
         (lambda p, x, k: jnp.mean(mlp(p, x)) / len(x), RowSum(-1)),
         (lambda p, x, k: jnp.float32(len(x)), Constant(1)),
+        (lambda p, x, k: jnp.zeros(2).at[jnp.ones(len(x), int)].add(3.0)[1], Constant(1)),
         (lambda p, x, k: jnp.zeros(()), AlwaysZero()),
         (lambda p, x, k: p["w"].sum(), Constant(0)),
     ],
