@@ -427,6 +427,24 @@ def test_parts_of_a_sum_over_rows_are_added_up(loss, options):
     step.self_check(state, {"x": x}).check()
 
 
+def test_a_certificate_of_a_sum_over_rows():
+    def summed(params, batch, key):
+        errors = ((batch["x"] @ params["w"] - 1) ** 2).sum(-1)
+        return jnp.sum(errors) / 24, {"large": (errors > 1).sum()}
+
+    spec = sk.StepSpec(
+        loss_fn=summed,
+        optimizer=optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (4, 4))},
+        batch={"x": jax.ShapeDtypeStruct((24, 4), jnp.float32)},
+        strategy=sk.strategies.data(),
+        accumulate=2,
+    )
+    meshes = [sk.MeshSpec(data=n).build(devices=jax.devices()[:n]) for n in (1, 4)]
+    assert sk.verify(spec, meshes=meshes).ok
+    assert sk.verify(spec.replace(mode="shard_map"), meshes=meshes[1:]).ok
+
+
 def test_a_sum_over_fewer_rows_than_declared_is_not_evaluated():
     step = sk.compile_step(
         lambda params, batch, key: jnp.sum(batch["x"] @ params["w"]) / ROWS,
