@@ -331,7 +331,7 @@ def test_state_of_its_own_per_gradient_shard_is_refused(options):
     text = str(caught.value)
     if "mode" in options:
         assert "would have every micro-batch pass on the model state" in text
-        assert 'mode="auto", or accumulate=1' in text
+        assert 'accumulate=1; or mode="auto" with accumulate=sk.Accumulate(k, "every")' in text
     else:
         assert "would give every gradient shard its own statistics" in text
         assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
@@ -380,3 +380,135 @@ def test_rows_that_do_not_split_into_micro_batches():
     text = str(caught.value)
     assert "16 rows do not split into accumulate=4 micro-batches over data=8" in text
     assert "a multiple of 32 rows, such as 32" in text
+
+
+SUMS = {
+    "by a literal": lambda e: jnp.sum(e) / ROWS,
+    "undivided": jnp.sum,
+    "a weight that is no sum": lambda e: sk.Mean(jnp.sum(e), float(ROWS)),
+}
+PARTS = {
+    "accumulate": {"accumulate": 2},
+    "every": {"accumulate": sk.Accumulate(2, "every")},
+    "shard_map": {"mode": "shard_map"},
+    "both": {"accumulate": 2, "mode": "shard_map"},
+}
+
+
+@pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("loss", SUMS.values(), ids=SUMS)
+def test_parts_of_a_sum_over_rows_are_added_up(loss, options):
+    def of_mean(value):
+        return value.total / value.weight if isinstance(value, sk.Mean) else value
+
+    def summed(params, batch, key):
+        errors = ((batch["x"] @ params["w"]) ** 2).mean(-1)
+        return loss(errors), {"large": (errors > 0.5).sum(), "rows": float(len(errors))}
+
+    x, params = BATCH["x"][:, 0], {"w": np.eye(EMBED, dtype="f") / 2}
+    step = sk.compile_step(
+        summed,
+        optax.sgd(0.1),
+        init=lambda key: params,
+        batch={"x": x},
+        mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
+        strategy=sk.strategies.data(),
+        **options,
+    )
+    state = step.init(jax.random.key(0))
+    metrics, grads = step.gradients(state, {"x": x})
+    evaluated = step.evaluate(state, {"x": x})
+    wanted, of_w = jax.value_and_grad(lambda p: of_mean(summed(p, {"x": x}, None)[0]))(params)
+    large = (((x @ params["w"]) ** 2).mean(-1) > 0.5).sum()
+    for seen in metrics, evaluated:
+        np.testing.assert_allclose(seen["loss"], wanted, rtol=1e-5)
+        assert (seen["large"], seen["rows"]) == (large, ROWS)
+    np.testing.assert_allclose(grads["w"], of_w["w"], rtol=1e-4, atol=1e-6)
+    step.self_check(state, {"x": x}).check()
+
+
+def test_a_certificate_of_a_sum_over_rows():
+    def summed(params, batch, key):
+        errors = ((batch["x"] @ params["w"] - 1) ** 2).sum(-1)
+        return jnp.sum(errors) / 24, {"large": (errors > 1).sum()}
+
+    spec = sk.StepSpec(
+        loss_fn=summed,
+        optimizer=optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (4, 4))},
+        batch={"x": jax.ShapeDtypeStruct((24, 4), jnp.float32)},
+        strategy=sk.strategies.data(),
+        accumulate=2,
+    )
+    meshes = [sk.MeshSpec(data=n).build(devices=jax.devices()[:n]) for n in (1, 4)]
+    assert sk.verify(spec, meshes=meshes).ok
+    assert sk.verify(spec.replace(mode="shard_map"), meshes=meshes[1:]).ok
+
+
+def test_a_sum_over_fewer_rows_than_declared_is_not_evaluated():
+    step = sk.compile_step(
+        lambda params, batch, key: jnp.sum(batch["x"] @ params["w"]) / ROWS,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones(EMBED)},
+        batch={"x": BATCH["x"][:, 0]},
+        mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
+        strategy=sk.strategies.data(),
+    )
+    state = step.init(jax.random.key(0))
+    with pytest.raises(sk.errors.BatchError, match="which would be averaged over the parts"):
+        step.evaluate(state, {"x": BATCH["x"][:3, 0]})
+
+
+def with_rule(rule):
+    @jax.custom_vjp
+    def same(y):
+        return y
+
+    same.defvjp(lambda y: (y, None), lambda _, g: (rule(g),))
+    return same
+
+
+RULES = {
+    "clipped": with_rule(lambda g: jnp.clip(g, -1e-2, 1e-2)),
+    "of length one": with_rule(lambda g: g / jnp.linalg.norm(g)),
+}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
+def test_a_rule_that_is_not_linear_gets_the_gradients_of_a_micro_batch(weighted, rule, devices):
+    """Beside statistics of micro-batches: `sum(weight · grad(mean)) / sum(weight)`, by hand."""
+
+    def train(params, batch, key, state):
+        y = jnp.tanh(batch["x"] @ params["w"])
+        errors = ((rule((y - y.mean(0)) / jnp.sqrt(y.var(0) + 1e-3)) - 1) ** 2).mean(-1)
+        mean = sk.Mean(jnp.sum(errors * batch["m"]), batch["m"].sum())
+        return mean if weighted else errors.mean(), {}, {"mean": y.mean(0)}
+
+    def evaluate(params, batch, key, state):
+        return jnp.mean((batch["x"] @ params["w"] - state["mean"]) ** 2), {}, state
+
+    batch = {"x": BATCH["x"][:, 0], "m": np.arange(ROWS) % 5 < 3}
+    params, state = {"w": np.eye(EMBED, dtype="f")}, {"mean": np.zeros(EMBED, "f")}
+    step = sk.compile_step(
+        sk.Loss(train, evaluate, stateful=True),
+        optax.sgd(0.1),
+        init=lambda key: sk.Variables(params, state),
+        batch=batch,
+        mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
+        strategy=sk.strategies.data(),
+        accumulate=sk.Accumulate(2, "every"),
+    )
+    _, grads = step.gradients(step.init(jax.random.key(0)), batch)
+    totals, weights = 0.0, 0.0
+    for i in range(2):
+        rows = {name: x[i::2] for name, x in batch.items()}
+        weight = rows["m"].sum() if weighted else 1
+
+        def mean(p, rows=rows):
+            loss = train(p, rows, None, state)[0]
+            return loss.total / loss.weight if weighted else loss
+
+        totals, weights = totals + weight * jax.grad(mean)(params)["w"], weights + weight
+    np.testing.assert_allclose(grads["w"], totals / weights, rtol=1e-4, atol=1e-6)

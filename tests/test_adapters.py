@@ -464,3 +464,52 @@ def test_linen_dense_general_with_names_over_fsdp(mode):
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+class Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.SpectralNorm(nn.Dense(8))(x, update_stats=train)
+        return nn.Dense(8)(jnp.tanh(x))
+
+
+class NnxSpectral(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.SpectralNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs)
+        self.down = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(x, update_stats=True)))
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_state_that_no_row_decides_is_that_of_one_device_on_shards(framework, axis):
+    batch = {"x": np.random.default_rng(0).normal(size=(16, 8)).astype("f")}
+
+    def loss(y, batch):
+        return ((y - batch["x"]) ** 2).mean()
+
+    def train(devices, **options):
+        if framework == "linen":
+            model = sk.from_linen(Spectral(), loss, batch)
+        else:
+            model = sk.from_nnx(NnxSpectral, lambda m, batch: loss(m(batch["x"]), batch))
+        step = sk.compile_step(
+            model.loss_fn,
+            optax.sgd(0.1),
+            init=model.init,
+            batch=batch,
+            mesh=sk.MeshSpec(**{axis: devices}).build(devices=jax.devices()[:devices]),
+            strategy=sk.strategies.data()
+            if axis == "data"
+            else sk.Strategy(params=sk.shard_largest("fsdp", min_size=1), batch=P("fsdp")),
+            **options,
+        )
+        state = step.init(jax.random.key(0))
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        return jax.device_get((metrics["loss"], state.params, state.model_state))
+
+    seen, wanted = train(4, mode="shard_map"), train(1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), seen, wanted)

@@ -162,7 +162,55 @@ def called_back(p, x):
     return jax.lax.map(turn, mlp(p, x))
 
 
+def looped(start, turn):
+    """A loop over the rows by their numbers; `turn(params, rows, number, carry) → carry`."""
+
+    def run(p, x):
+        return jax.lax.fori_loop(0, len(x), lambda i, c: turn(p, x, i, c), start(x))
+
+    return run
+
+
+def added(p, x, i, total):
+    return total + mlp(p, x[i]).mean()
+
+
+def written(p, x, i, out):
+    return out.at[i].set(mlp(p, x[i]))
+
+
+def updated(p, x, i, out):
+    return jax.lax.dynamic_update_index_in_dim(out, mlp(p, x[i]), i, 0)
+
+
+def squares_in_place(p, x):
+    """Writes one number a row, and takes another carry along."""
+
+    def turn(carry, i):
+        out, total = carry
+        return (out.at[i].set(jnp.sum(mlp(p, x[i]) ** 2)), total + x[i].sum()), x[i] @ p["w"]
+
+    (out, total), ys = jax.lax.scan(turn, (jnp.zeros(len(x)), 0.0), jnp.arange(len(x)))
+    return out.mean() + total / len(x) + ys.mean()
+
+
+NUMBERED = {
+    "added": lambda p, x: looped(lambda x: 0.0, added)(p, x) / len(x),
+    "added, of a layer": lambda p, x: looped(lambda x: 0.0, added)(p, x @ p["w"]) / len(x),
+    "written": lambda p, x: jnp.mean(looped(jnp.zeros_like, written)(p, x) ** 2),
+    "updated": lambda p, x: jnp.mean(looped(jnp.zeros_like, updated)(p, x) ** 2),
+    "added in place": lambda p, x: jnp.mean(
+        looped(lambda x: x, lambda p, x, i, y: y.at[i].add(mlp(p, x[i])))(p, x) ** 2
+    ),
+    "squares": squares_in_place,
+}
+
+
 MEANS = {
+    **{
+        f"{name}, by number": (lambda p, x, k, loss=loss: loss(p, x), (X,))
+        for name, loss in NUMBERED.items()
+    },
     "in turn": (lambda p, x, k: jnp.mean(in_turn(p, x) ** 2), (X,)),
     "folded, in turn": (lambda p, x, k: jnp.mean(in_turn(p, x.reshape(-1, 4)) ** 2), (SEQUENCE,)),
     "sum in turn": (lambda p, x, k: summed_in_turn(p, x) / len(x), (X,)),
@@ -195,6 +243,12 @@ MEANS = {
     ),
     "one-hot": (lambda p, x, y, k: jnp.mean(jax.nn.one_hot(y, 4) * mlp(p, x)), (X, LABELS)),
     "table": (lambda p, t, k: jnp.mean(p["w"][t] ** 2), (TOKENS,)),
+    "positions": (
+        lambda p, x, k: jnp.mean(
+            p["w"][jnp.broadcast_to(jnp.arange(4), x.shape)] * x[..., None] + mlp(p, x)[:, None]
+        ),
+        (X,),
+    ),
     "decay": (lambda p, x, k: jnp.mean(mlp(p, x) ** 2) + 1e-3 * jnp.sum(p["w"] ** 2), (X,)),
     "folded": (
         lambda p, x, k: jnp.mean((x.reshape(-1, 4) @ p["w"]).reshape(x.shape) ** 2),
@@ -281,7 +335,44 @@ def mixed_up(p, x, k):
     return jnp.mean((y + y[jax.random.permutation(k, len(y))]) ** 2)
 
 
+def mirrored(times):
+    return jnp.concatenate([times, 1 - times])
+
+
+def of_slots(turn):
+    """The mean of rows that a loop by number leaves behind."""
+    return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
+
+
 OTHERS = {
+    "row before, by number": (of_slots(lambda p, x, i, y: y.at[i].set(y[i - 1])), (X,), "scan"),
+    "first row, by number": (of_slots(lambda p, x, i, y: y.at[i].set(y[0])), (X,), "scan"),
+    "one place": (of_slots(lambda p, x, i, y: y.at[0].set(y[0] + x[i])), (X,), "scan"),
+    "place by label": (
+        of_slots(lambda p, x, i, y: y.at[jnp.argmax(x[i])].set(x[i])),
+        (X,),
+        "scan",
+    ),
+    "row after, by number": (
+        lambda p, x, k: looped(lambda x: 0.0, lambda p, x, i, c: c + x[i + 1].sum())(p, x),
+        (X,),
+        "lt",
+    ),
+    "weight by number": (
+        lambda p, x, k: looped(lambda x: 0.0, lambda p, x, i, c: c + i * x[i].sum())(p, x),
+        (X,),
+        "mul",
+    ),
+    "a draw for two rows": (
+        lambda p, x, k: jnp.mean(mirrored(jax.random.uniform(k, (len(x) // 2, 1))) * mlp(p, x)),
+        (X,),
+        "random_bits",
+    ),
+    "another operand": (
+        lambda p, x, k: jnp.mean(jnp.tanh(*[[x @ p["w"], x * p["w"][0]][len(x) > ROWS]]) + 0 * x),
+        (X,),
+        "tanh",
+    ),
     "loop of all rows": (lambda p, x, k: jnp.mean(iterated(p, x)), (X,), "while"),
     "rows as unknowns": (
         lambda p, x, k: jnp.mean(
@@ -299,7 +390,7 @@ OTHERS = {
     "sums so far": (lambda p, x, k: jnp.mean(sums_so_far(p, x)), (X,), "scan"),
     "carry in a branch": (lambda p, x, k: jnp.mean(branched(p, x)), (X,), "scan"),
     "no rule for many rows": (lambda p, x, k: jnp.mean(called_back(p, x)), (X,), "scan"),
-    "numbered in turn": (lambda p, x, k: jnp.mean(numbered(p, x)), (X,), "scan"),
+    "numbered in turn": (lambda p, x, k: jnp.mean(numbered(p, x)), (X,), "mul"),
     "centred, in turn": (lambda p, x, k: jnp.mean(in_turn(p, x - x.mean(0))), (X,), "sub"),
     "first row set": (lambda p, x, k: jnp.mean(mlp(p, x).at[0].set(0.0) ** 2), (X,), "scatter"),
     "first rows set": (
@@ -445,6 +536,10 @@ def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_c
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def of_mean(loss):
+    return loss.total / loss.weight if isinstance(loss, sk.Mean) else loss
+
+
 def in_loops_and_systems(p, x, k):
     def one(row):
         system = (p["w"] * row) @ (p["w"] * row).T + jnp.eye(4)
@@ -453,11 +548,26 @@ def in_loops_and_systems(p, x, k):
     return jnp.mean(jax.vmap(one)(x) ** 2)
 
 
+def solved_by_one_matrix(p, x, k):
+    """With fewer rows in a part than unknowns, and more in all."""
+    factor = jax.scipy.linalg.cho_factor(p["w"] @ p["w"].T + jnp.eye(4))
+    return jnp.mean(jnp.sum(x * jax.scipy.linalg.cho_solve(factor, x.T).T, -1))
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"mode": "shard_map"}], ids=str)
 @pytest.mark.parametrize(
     "loss",
-    [lambda p, x, k: jnp.mean(in_turn(p, x) ** 2), in_loops_and_systems],
-    ids=["in turn", "loops and systems"],
+    [
+        lambda p, x, k: jnp.mean(in_turn(p, x) ** 2),
+        in_loops_and_systems,
+        *(lambda p, x, k, loss=loss: loss(p, x) for loss in NUMBERED.values()),
+        solved_by_one_matrix,
+        lambda p, x, k: jnp.sum((mlp(p, x) - 1) ** 2) / 64,
+        lambda p, x, k: jnp.sum((mlp(p, x) - 1) ** 2),
+        lambda p, x, k: sk.Mean(jnp.sum((mlp(p, x) - 1) ** 2), 16.0),
+        lambda p, x, k: jnp.mean(mlp(p, x) ** 2) / len(x),
+    ],
+    ids=["in turn", "loops and systems", *NUMBERED, "one matrix", "/ 64", "sum", "Mean", "1 / n"],
 )
 def test_losses_of_each_row_give_the_gradients_of_one_device(loss, options):
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("f")
@@ -472,7 +582,7 @@ def test_losses_of_each_row_give_the_gradients_of_one_device(loss, options):
         **options,
     )
     metrics, got = step.gradients(step.init(jax.random.key(0)), x)
-    value, want = jax.value_and_grad(loss)(params, x, None)
+    value, want = jax.value_and_grad(lambda p: of_mean(loss(p, jnp.asarray(x), None)))(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
 
@@ -501,6 +611,7 @@ def test_a_ratio_of_sums_is_known_as_one():
         (lambda p, x, k: jnp.sum(mlp(p, x)) / ROWS, RowSum(1)),
         (lambda p, x, k: jnp.mean(mlp(p, x)) / len(x), RowSum(-1)),
         (lambda p, x, k: jnp.float32(len(x)), Constant(1)),
+        (lambda p, x, k: jnp.zeros(2).at[jnp.ones(len(x), int)].add(3.0)[1], Constant(1)),
         (lambda p, x, k: jnp.zeros(()), AlwaysZero()),
         (lambda p, x, k: p["w"].sum(), Constant(0)),
     ],
@@ -537,6 +648,23 @@ def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
             strategy=sk.strategies.data(),
             **options,
         )
+
+
+# Each takes 4 of the rows, which are all rows of a part of 4.
+OF_A_PART = {
+    "groups": lambda p, x, k: jnp.mean(mlp(p, x).reshape(-1, 4, 4).mean(0) ** 2),
+    "taken": lambda p, x, k: jnp.mean(mlp(p, jax.lax.dynamic_slice(x, (0, 0), (4, 4)))),
+    "shifted": lambda p, x, k: jnp.mean(mlp(p, jnp.concatenate([x, x**2])[4 : 4 + len(x)])),
+    "padded": marked(lambda zeros: jnp.pad(jnp.ones((4, 1)), ((0, len(zeros) - 4), (0, 0)))),
+    "overwritten": marked(
+        lambda zeros: jax.lax.dynamic_update_slice(zeros, jnp.ones((4, 1)), (0, 0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_PART)
+def test_an_operation_is_followed_on_the_rows_of_a_part_and_on_all(name):
+    assert isinstance(followed(OF_A_PART[name], X, rows=RowCounts(4, 32))[0], Mixed)
 
 
 @pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)

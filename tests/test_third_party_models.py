@@ -34,6 +34,11 @@ MODELS = {
     "graph network": ("._models_graph", "build"),
     "nnx lora": ("._models_lora", "build"),
     "two towers": ("._models_clip", "build"),
+    "equinox attention": ("._models_sequences", "build_equinox"),
+    "equinox gru": ("._models_sequences", "build_gru"),
+    "equinox ensemble": ("._models_sequences", "build_ensemble"),
+    "haiku gru": ("._models_sequences", "build_haiku"),
+    "hugging face": ("._models_sequences", "build_hf"),
 }
 SLICE = (
     ("gan critic", Cell("fsdp", True, "float32", "shard_map"), "right"),
@@ -42,6 +47,8 @@ SLICE = (
     ("haiku by hand", Cell("data", False, "float32", "shard_map"), "divides by a sum over rows"),
     ("mamba", Cell("tensor", True, "float32", "auto"), "right"),
     ("nnx lora", Cell("tensor", False, "float32", "auto"), "right"),
+    ("hugging face", Cell("data", True, "float32", "auto"), "right"),
+    ("equinox attention", Cell("fsdp", True, "float32", "shard_map"), "right"),
 )
 
 

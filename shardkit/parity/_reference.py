@@ -65,6 +65,7 @@ from ._record import (
     group_metrics_by_check,
     select_counters,
 )
+from ._row_powers import find_row_powers
 
 _EVALUATION, _STEPS = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
@@ -138,7 +139,8 @@ class Reference:
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
-        model_state = state.model_state
+        model_state, parts = state.model_state, self.spec.accumulate.micro_batches
+        powers = self._find_powers(state, batch, step)
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
         dtypes: dict[str, Any] = {}
         grads = None
@@ -147,8 +149,10 @@ class Reference:
                 state.params, model_state, self._to_device(rows), key
             )
             for name, pair in pairs.items():
-                sums[name] = sums.get(name, np.zeros(2)) + np.array([float(x) for x in pair])
                 dtypes[name] = pair[0].dtype
+                # Parts of a sum over rows are added up.
+                pair = float(pair[0]), float(pair[1]) / parts ** powers.get(name, 0)
+                sums[name] = sums.get(name, np.zeros(2)) + np.array(pair)
             micro_grads = jax.tree.map(lambda g, s=float(size): _to_f32(g) * s, micro_grads)
             grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
         weight = float(sums["loss"][1])
@@ -163,14 +167,27 @@ class Reference:
         """Yields the rows of each micro-batch and the key that its loss gets."""
         accumulate, precision = self.spec.accumulate, self.spec.precision
         n = accumulate.micro_batches
-        dims = self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
         per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
         for i in range(n):
             key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
             key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
             # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
             taken = functools.partial(take_rows, index=slice(i, None, n))
-            yield map_rows(taken, batch, dims), key
+            yield map_rows(taken, batch, self._row_dims), key
+
+    @property
+    def _row_dims(self) -> RowDims:
+        return self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
+
+    def _find_powers(self, state: ReferenceState, batch: Batch, step: int) -> dict[str, int]:
+        """Powers of the rows with which loss and metrics grow."""
+        _, key = next(self._micro_batches(batch, jax.random.fold_in(state.key, step)))
+
+        def run(rows: Batch) -> Any:
+            args = state.params, state.model_state, self._to_device(rows), key
+            return self._loss_and_grads(*args)[0][1][0]
+
+        return find_row_powers(run, batch, self._row_dims, self.spec.accumulate.micro_batches)
 
     def _step(
         self, state: ReferenceState, batch: Batch, step: int

@@ -12,7 +12,7 @@ the rows of one device. With 8 rows, k=2 micro-batches and 2 devices along the b
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +47,17 @@ OF_MEAN = 1  # the weight of gradients of a mean
 
 
 class TracedLoss(NamedTuple):
-    """A loss of the whole batch, traced: its program, and its abstract output."""
+    """A loss of the whole batch, traced.
+
+    Attributes:
+      jaxpr: its program.
+      output: its abstract output.
+      growth: `{"loss" or metric: power of the rows with which it grows}`, where that is not 0.
+    """
 
     jaxpr: core.Jaxpr
     output: LossOutput
+    growth: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +212,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
     steps = plan.micro_batches
-    differentiate = value_and_grad(objective, whole=steps == 1)
+    differentiate = value_and_grad(objective, whole=steps == 1, of_means=True)
     run_gradient = keep_convolutions(differentiate, plan.bound, plan.layout)
     if steps == 1:
         output, grads = run_gradient(params, model_state, batch, key)

@@ -81,6 +81,7 @@ def value_and_grad(
     common: Callable[[Scalar], Scalar] = lambda weight: weight,
     *,
     whole: bool = False,
+    of_means: bool = False,
 ) -> Callable[..., tuple[LossOutput, Params]]:
     """Differentiates an objective: `(params, model_state, batch, key) -> (output, gradients)`.
 
@@ -90,11 +91,14 @@ def value_and_grad(
 
     Where all rows are together, what is differentiated is the mean itself: derivative rules of the
     user's own that are not linear, as clipping is, get the gradients that they get in plain JAX.
+    Where micro-batches are taken as wholes, these are the gradients of each one's mean.
 
     Args:
       objective: from `build_objective`.
       common: of the weight, what all devices that sum gradients within it divide by.
       whole: the weight is that of all rows.
+      of_means: what is differentiated is the mean of the rows that it gets, and its gradients are
+        multiplied by the weight: exact but for a rounding.
 
     Returns:
       A function whose gradients, in f32 or wider, are those of the total; of the mean if `whole`.
@@ -104,8 +108,12 @@ def value_and_grad(
         total, output = objective(*args)
         if whole:
             return divide_mean(output.loss), (output, None)
-        size = jnp.maximum(jnp.abs(common(output.loss.weight)), 1)
-        size = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
+        size = common(output.loss.weight)
+        if of_means:
+            size = jnp.where(size == 0, 1, size)
+        else:
+            size = jnp.maximum(jnp.abs(size), 1)
+            size = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
         return total / size.astype(total.dtype), (output, size)
 
     def run(*args: Any) -> tuple[LossOutput, Params]:

@@ -3,19 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from .._core.draws import list_draws
 from .._core.errors import Problem, StepError, raise_all
+from .._core.row_dims import count_rows
 from .._core.tree import list_leaves
+from .._core.types import Mean, Scalar
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import LossArgs, TracedLoss
 from ._layout import StepLayout
-from ._objective import Objective, build_objective
+from ._objective import LossOutput, Objective, build_objective
 from ._unbound_axes import batch_axes
-from .rows import check_rows
+from .rows import check_rows, derive_solves_alike
 
 
 def check_split_rows(
@@ -47,22 +50,53 @@ def check_split_rows(
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
     traced, (_, output) = jax.make_jaxpr(loss, return_shape=True)(*args)
     named = batch_axes(traced.jaxpr)
-    if bound.follows_rows:
-        partition = layout.partition if gradients else None
-        on_parts = bound.spec.mode == "shard_map"
-        frozen = build_objective(bound.spec.loss_fn, bound.mesh, evaluate=True)
-        check_rows(
-            loss,
-            args,
-            layout.row_dims,
-            splits,
-            partition=partition,
-            part=_part_rows(bound, layout, gradients),
-            over_parts=named if on_parts else (),
-            # On whole micro-batches mutable state may be their statistics.
-            frozen=frozen if bound.spec.stateful and not on_parts else None,
-        )
-    return TracedLoss(traced.jaxpr, output)
+    if not bound.follows_rows:
+        return TracedLoss(traced.jaxpr, output)
+    partition = layout.partition if gradients else None
+    on_parts = bound.spec.mode == "shard_map"
+    frozen = build_objective(bound.spec.loss_fn, bound.mesh, evaluate=True)
+    growth = check_rows(
+        derive_solves_alike(loss, traced.jaxpr),
+        args,
+        layout.row_dims,
+        splits,
+        partition=partition,
+        part=_part_rows(bound, layout, gradients),
+        over_parts=named if on_parts else (),
+        # On whole micro-batches mutable state may be their statistics.
+        frozen=frozen if bound.spec.stateful and not on_parts else None,
+        # A pipeline averages what its last part returns.
+        adds=not any(_staged_kinds(bound)),
+    )
+    return TracedLoss(traced.jaxpr, output, growth)
+
+
+def add_up_parts(loss: Objective, traced: TracedLoss | None, layout: StepLayout) -> Objective:
+    """Weighs what parts of the rows give so that sums over rows are added up, not averaged.
+
+    Of 32 rows, `jnp.sum(e) / 32` is the sum of what 4 parts of 8 rows give: a weight of 1/4 each.
+
+    Args:
+      loss: on any rows.
+      traced: from `check_split_rows`.
+      layout: how many rows there are in all, and where the batch has them.
+    """
+    growth = {} if traced is None else traced.growth
+    if not any(growth.values()):
+        return loss
+
+    def run(*args: Any) -> tuple[Scalar, LossOutput]:
+        total, output = loss(*args)
+        (rows,) = count_rows(args[2], layout.row_dims)
+
+        def weigh(name: str, mean: Mean) -> Mean:
+            power = growth.get(name, 0)
+            return Mean(mean.total, mean.weight * (rows / layout.rows) ** power) if power else mean
+
+        metrics = {name: weigh(name, metric) for name, metric in output.metrics.items()}
+        return total, LossOutput(weigh("loss", output.loss), metrics, output.model_state)
+
+    return run
 
 
 def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
@@ -85,7 +119,7 @@ def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
     fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
     if bound.spec.mode == "shard_map":
         why = "would have every micro-batch pass on the model state"
-        fix = 'mode="auto", or accumulate=1'
+        fix = 'accumulate=1; or mode="auto" with accumulate=sk.Accumulate(k, "every")'
     problems = [Problem("accumulate, precision.reduce_dtype", why, fix)]
     raise_all(StepError, "Mutable state of the model cannot be divided.", problems)
 

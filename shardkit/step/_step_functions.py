@@ -19,13 +19,19 @@ from ._gradients import (
     GradientFn,
     GradientPlan,
     LossArgs,
+    TracedLoss,
     build_gradients,
     keep_convolutions,
     plan_draws,
 )
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import check_fixed_state, check_partial_rows, check_split_rows
+from ._split_checks import (
+    add_up_parts,
+    check_fixed_state,
+    check_partial_rows,
+    check_split_rows,
+)
 from ._update import (
     Metrics,
     build_eval_step,
@@ -144,7 +150,10 @@ class StepFunctions:
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
         if spec.mode == "shard_map":
-            check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
+            traced = check_split_rows(
+                self.bound, self.layout, loss, self._loss_args, gradients=False
+            )
+            loss = add_up_parts(loss, traced, self.layout)
             loss = self._build_on_shards(build_shard_objective, loss)
         else:
             loss = keep_convolutions(loss, self.bound, self.layout)
@@ -157,6 +166,7 @@ class StepFunctions:
           policy: dtype in which the loss sees the parameters; None: as they are stored.
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
+        loss = add_up_parts(loss, self._traced, self.layout)
         on_shards = spec.mode == "shard_map"
         if not on_shards:
             loss = keep_convolutions(loss, self.bound, self.layout)
@@ -179,11 +189,8 @@ class StepFunctions:
           StepError: the loss does not return what a step can use, or draws randomness that
             cannot be split by gradient shard.
         """
-        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
-        # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
-        loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
-        traced = check_split_rows(self.bound, self.layout, loss, self._loss_args)
-        plan = GradientPlan(self.bound, self.layout, traced)
+        loss = add_up_parts(self._training_objective, self._traced, self.layout)
+        plan = GradientPlan(self.bound, self.layout, self._traced)
         on_shards = self.bound.spec.mode == "shard_map"
         if plan.micro_batches > 1 if on_shards else plan.per_shard_accumulation:
             check_fixed_state(self.bound, self._loss_args)
@@ -192,6 +199,18 @@ class StepFunctions:
         if plan.per_shard_accumulation:
             plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)
+
+    @functools.cached_property
+    def _training_objective(self) -> Objective:
+        """The training loss, checkpointed as a whole if it marks no layers with `sk.nn.remat`."""
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        return apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
+
+    @functools.cached_property
+    def _traced(self) -> TracedLoss | None:
+        """The training loss on whole arrays, checked; see `check_split_rows`."""
+        loss = self._training_objective
+        return check_split_rows(self.bound, self.layout, loss, self._loss_args)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):

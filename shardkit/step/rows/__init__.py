@@ -4,6 +4,7 @@ from ._check import check_rows
 from ._equation import RowCounts
 from ._follow import follow_rows
 from ._rules import is_elementwise
+from ._solves import derive_solves_alike
 from ._states import AlwaysZero, Cause, Columns, Constant, Mixed, PerRow, RowSum, State, describe
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RowSum",
     "State",
     "check_rows",
+    "derive_solves_alike",
     "describe",
     "follow_rows",
     "is_elementwise",

@@ -53,7 +53,8 @@ def check_rows(
     over_parts: tuple[str, ...] = (),
     frozen: Objective | None = None,
     whole: str = WHOLE,
-) -> None:
+    adds: bool = False,
+) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
     A step that splits rows computes the loss of each part and adds up totals and weights. That is
@@ -71,24 +72,42 @@ def check_rows(
       partition: which parameters have gradients that are split too; None: only the loss is.
       part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
+      adds: the step can add up parts of a sum over rows that is divided by no count of them.
       over_parts: axes over which the loss sums what the parts have.
       frozen: the loss in evaluation. Where rows decide the new model state, as statistics of a
         batch norm, the state declares that parts have statistics of their own; all else that
         the loss does with rows is read from `frozen`, which uses them as they are.
+
+    Returns:
+      The power of the rows with which the loss and each metric grow: 1 of a sum, 0 of a mean.
 
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
     """
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
-        return
+        return {}
     split = count, _compared(count, part), splits
     followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
         followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
-        by_rows, whole = [], _FROZEN
-    raise_all(StepError, _HEADLINE, [*_problems(followed, splits, whole), *by_rows], _ESCAPE)
+        by_rows, whole, adds = [], _FROZEN, False
+    growth = _growth(followed[0]) if adds and not over_parts else {}
+    problems = _problems(followed, splits, whole, growth)
+    raise_all(StepError, _HEADLINE, [*problems, *by_rows], _ESCAPE)
+    return growth
+
+
+def _growth(output: LossOutput) -> dict[str, int]:
+    """Powers of the rows in `total / weight`, where they are known."""
+    means: dict[str, Any] = {"loss": output.loss, **output.metrics}
+    degrees = {name: (_degree(mean.total), _degree(mean.weight)) for name, mean in means.items()}
+    return {
+        name: total - weight
+        for name, (total, weight) in degrees.items()
+        if isinstance(total, int) and isinstance(weight, int)
+    }
 
 
 def _with_gradients(objective: Objective, partition: Partition | None) -> Callable[..., Any]:
@@ -179,13 +198,17 @@ def _written_for(count: int, rows: int, error: Exception, splits: str, dims: Row
     return Problem("loss_fn", why, fix)
 
 
-def _problems(states: tuple[Any, PyTree], splits: str, whole: str) -> Iterator[Problem]:
+def _problems(
+    states: tuple[Any, PyTree], splits: str, whole: str, growth: dict[str, int]
+) -> Iterator[Problem]:
     output, grads = states
-    if problem := _mean_problem("loss", output.loss, splits, whole):
+    problem = _mean_problem("loss", output.loss, splits, whole)
+    if problem and "loss" not in growth:
         yield problem
         return
     for name, metric in output.metrics.items():
-        if problem := _mean_problem(f"metrics[{name!r}]", metric, splits, whole):
+        problem = _mean_problem(f"metrics[{name!r}]", metric, splits, whole)
+        if problem and name not in growth:
             yield problem
     wanted = _degree(output.loss.total)
     for path, state in leaves_by_path(jax.tree.map(_unscaled, grads), "gradient").items():
@@ -256,7 +279,7 @@ def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:
     why = f"{cause}, and {splits} splits the rows"
     if cause.ratio:
         return Problem(name, why, _as_mean(cause.code))
-    return Problem(name, why, whole)
+    return Problem(name, why, f"{cause.fix}; or {whole}" if cause.fix else whole)
 
 
 def _as_mean(code: str) -> str:

@@ -12,7 +12,7 @@ from ._states import Cause, Degree, Mixed, PerRow, State
 
 
 class RowCounts(NamedTuple):
-    """Numbers of rows of the two traces that are compared: at least 2, and more."""
+    """Numbers of rows of the two traces that are compared: at least 2 each, and not equal."""
 
     few: int
     many: int
@@ -49,6 +49,10 @@ class Equation:
     many: core.JaxprEqn
     rows: RowCounts
 
+    def turned(self) -> "Equation":
+        """The same with the two traces in each other's place."""
+        return Equation(self.many, self.few, RowCounts(self.rows.many, self.rows.few))
+
     @property
     def n(self) -> int:
         """Rows of the trace on fewer."""
@@ -80,9 +84,9 @@ class Equation:
         """Dims of a result whose size follows the number of rows."""
         return _differing(self.few.outvars[index], self.many.outvars[index])
 
-    def mixed(self, why: str, *, ratio: bool = False) -> Mixed:
+    def mixed(self, why: str, *, ratio: bool = False, fix: str = "") -> Mixed:
         """The state of what mixes rows here, with the user's line."""
-        return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio))
+        return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio, fix=fix))
 
     def placed(self, state: State) -> State:
         """A result of a function that is called here: a cause of JAX's own gets this line."""
@@ -95,6 +99,21 @@ class Equation:
         """Elements that a dim with rows has in all: `outer · n · inner`."""
         assert shape[state.dim] == state.outer * self.n * state.inner
         return shape[state.dim]
+
+
+# Parameters that say what an operation does; others may follow the sizes of its operands.
+_DIMS = ("axes", "dimensions", "permutation", "broadcast_dimensions", "dimension_numbers")
+_SIZES = ("length", "unroll", "feature_group_count", "batch_group_count")
+
+
+def same_operation(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
+    """Whether two equations do the same, each with its own number of rows."""
+
+    def what(eqn: core.JaxprEqn) -> dict[str, Any]:
+        scalars = {k: v for k, v in eqn.params.items() if isinstance(v, int | float | str)}
+        return {k: eqn.params.get(k) for k in (*scalars, *_DIMS) if k not in _SIZES}
+
+    return few.primitive is many.primitive and what(few) == what(many)
 
 
 def shape_of(variable: Any) -> tuple[int, ...]:

@@ -1,16 +1,17 @@
 """Follows the rows of a batch through a traced function."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
-from ..._core.equations import count_scan_operands
+from ..._core.equations import count_scan_operands, user_line
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
-from ._equation import Equation, RowCounts
+from ._equation import Equation, RowCounts, same_operation
 from ._row_loops import without_turns
-from ._rules import RULES, first_mixed, join, unfollowed
+from ._rules import BY_ROW, RULES, first_mixed, join, unfollowed
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -36,11 +37,18 @@ def follow_rows(
         else None
     )
     if consts is None:
-        return [_CHANGES] * len(few.jaxpr.outvars)
+        return [_changed(few.jaxpr, many.jaxpr, rows)] * len(few.jaxpr.outvars)
     return _follow(few.jaxpr, many.jaxpr, [*consts, *inputs], rows)
 
 
-_CHANGES = Mixed(Cause("the program", "changes with the number of rows in more than its sizes"))
+def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
+    """Of programs with other operations, or constants of other sizes."""
+    why = f"changes with the number of rows in more than its sizes, from {rows.few} to {rows.many}"
+    for one, other in itertools.zip_longest(few.eqns, many.eqns):
+        if one is None or other is None or not same_operation(one, other):
+            why += f", first in {' or '.join(e.primitive.name for e in (one, other) if e)}"
+            return Mixed(Cause("the program", why, *user_line(other or one), fix=BY_ROW))
+    return Mixed(Cause("the program", why, fix=BY_ROW))
 
 
 def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
@@ -60,22 +68,29 @@ def _number_state(few: Any, many: Any, rows: RowCounts) -> State:
 
 
 def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> list[State]:
-    if len(few.eqns) != len(many.eqns):
-        return [_CHANGES] * len(few.outvars)
     states: dict[Any, State] = {}
     states.update(zip([*few.constvars, *few.invars], inputs, strict=True))
+    # The variable of the trace on more rows that stands for each one of that on fewer.
+    same = dict(zip([*few.constvars, *few.invars], [*many.constvars, *many.invars], strict=False))
 
-    def read(a: Any, b: Any) -> State:
-        if isinstance(a, core.Literal):
-            return _literal_state(a.val, b.val, rows) if isinstance(b, core.Literal) else _CHANGES
+    def read(a: Any, b: Any, user: Any = None) -> State:
+        if isinstance(a, core.Literal) and isinstance(b, core.Literal):
+            return _literal_state(a.val, b.val, rows)
+        if isinstance(a, core.Literal) or same[a] is not b:
+            where, code = user_line(user) if user else ("", "")
+            why = f"takes something else where there are {rows.many} rows"
+            return Mixed(Cause(user.primitive.name if user else "the result", why, where, code))
         return states[a]
 
+    if len(few.eqns) != len(many.eqns):
+        return [_changed(few, many, rows)] * len(few.outvars)
     for one, other in zip(few.eqns, many.eqns, strict=True):
-        if one.primitive is not other.primitive:
-            return [_CHANGES] * len(few.outvars)
-        operands = [read(a, b) for a, b in zip(one.invars, other.invars, strict=True)]
+        if not same_operation(one, other):
+            return [_changed(few, many, rows)] * len(few.outvars)
+        operands = [read(a, b, one) for a, b in zip(one.invars, other.invars, strict=True)]
         results = _follow_equation(Equation(one, other, rows), operands)
         states.update(zip(one.outvars, results, strict=True))
+        same.update(zip(one.outvars, other.outvars, strict=True))
     return [read(a, b) for a, b in zip(few.outvars, many.outvars, strict=True)]
 
 
@@ -90,13 +105,28 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
         results = special[equation.name](equation, states)
         return [equation.placed(state) for state in results]
     if equation.name in RULES:
-        return RULES[equation.name](equation, states)
+        return _by_rule(equation, states)
     for name in _INNER:
         if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
             results = _follow_pair(few, many, states, equation.rows)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
+
+
+def _by_rule(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """What both traces say: in one of 4 rows `x.reshape(-1, 4)` and `x[:4]` leave rows whole."""
+    of_rule = RULES[equation.name]
+    pairs = zip(of_rule(equation, states), of_rule(equation.turned(), states), strict=True)
+    differs = equation.mixed(f"does one thing with {equation.rows.few} rows, another with more")
+    return [
+        few
+        if few == many or isinstance(few, Mixed)
+        else many
+        if isinstance(many, Mixed)
+        else differs
+        for few, many in pairs
+    ]
 
 
 def _has_all_rows(equation: Equation) -> bool:
@@ -106,6 +136,8 @@ def _has_all_rows(equation: Equation) -> bool:
 
 def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: RowCounts) -> list[State]:
     (few, few_consts), (many, many_consts) = few, many
+    if len(few_consts) != len(many_consts):
+        return [_changed(few, many, rows)] * len(few.outvars)
     consts = [_literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
     return _follow(few, many, [*consts, *states], rows)
 
@@ -119,9 +151,13 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = len(equation.few.outvars)
     if params["length"] != equation.many.params["length"]:
         few, many = (without_turns(scan) for scan in (equation.few, equation.many))
-        if few is None or many is None:
-            return [equation.mixed("loops over the rows of the batch, each after another")] * outs
-        return _follow_pair(_body(few), _body(many), states, equation.rows)
+        why = "loops over the rows of the batch, each after another"
+        mixed = equation.mixed(why, fix=BY_ROW)
+        if few is None or many is None or few.places != many.places:
+            return [mixed] * outs
+        programs = _body(few.program), _body(many.program)
+        results = _follow_pair(*programs, states, equation.rows)
+        return results[:outs] if few.turns_apart(results[outs:]) else [mixed] * outs
     consts, carried = count_scan_operands(equation.few)
     fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
     slices = [_at(s, -1) for s in states[consts + carried :]]
@@ -194,7 +230,10 @@ def _linear_solve(equation: Equation, states: Sequence[State]) -> Sequence[State
 
 def _cond(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     which, *operands = states
-    pairs = zip(equation.params["branches"], equation.many.params["branches"], strict=True)
+    few, many = (e.params["branches"] for e in (equation.few, equation.many))
+    if len(few) != len(many):
+        return [equation.mixed("has a branch for each row")] * len(equation.few.outvars)
+    pairs = zip(few, many, strict=True)
     results = [_follow_pair(_body(a), _body(b), operands, equation.rows) for a, b in pairs]
     if not isinstance(which, Constant | AlwaysZero):
         return [equation.mixed("takes a branch by what rows say together")] * len(results[0])

@@ -44,7 +44,9 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if isinstance(operand, AlwaysZero):
         return [operand]
     rows, index = place
-    if index is not None or not isinstance(operand, Constant):
+    # What is alike for all rows is so wherever a row looks it up.
+    alike = index is not None and numbers.start_index_map[index] in equation.growing(0)
+    if not isinstance(operand, Constant) or (index is not None and not alike):
         return [equation.mixed("looks up a table by a row's place in the batch")]
     return [PerRow(_place_dim(equation, rows.dim), rows.outer, rows.inner, operand.degree)]
 
@@ -169,6 +171,13 @@ def _scatter_fixed(equation: Equation, operand: State, updates: State, adds: boo
     for dim in set(numbers.scatter_dims_to_operand_dims) & set(equation.growing(0)):
         if dim not in window or equation.shape(2)[window[dim]] != equation.shape(0)[dim]:
             return equation.mixed(_PICKS)  # some rows are changed, and others left
+    if adds and (summed := set(equation.growing(2)) - set(numbers.update_window_dims)):
+        # Of all rows at places that are alike for each, as of their position embeddings.
+        if isinstance(updates, PerRow) and (updates.role != "values" or updates.dim not in summed):
+            return equation.mixed(_PICKS)
+        assert isinstance(updates, PerRow | RowSum | Constant)
+        kind = Constant if isinstance(updates, Constant) else RowSum
+        return join(equation, [operand, kind(add_degrees(updates.degree, len(summed)))])
     if not isinstance(updates, PerRow):
         return join(equation, [operand, updates])
     if updates.dim in numbers.update_window_dims:
@@ -176,7 +185,7 @@ def _scatter_fixed(equation: Equation, operand: State, updates: State, adds: boo
         if equation.shape(0)[dim] == equation.shape(2)[updates.dim]:
             moved = PerRow(dim, updates.outer, updates.inner, updates.degree, updates.role)
             return join(equation, [operand, moved])
-    return equation.mixed(_PICKS if not adds else "adds rows at fixed places")
+    return equation.mixed(_PICKS)
 
 
 def _batched_dim(equation: Equation, dim: int) -> int | None:

@@ -133,7 +133,11 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if not own:
         return [equation.mixed("draws from a key that the loss makes itself, for all rows alike")]
     dim = next(iter(grown))
-    return [PerRow(dim, inner=equation.out_shape()[dim] // equation.n)]
+    inner, rest = divmod(equation.out_shape()[dim], equation.n)
+    if rest:  # a draw for two rows, as of times and of what is left of them
+        why = f"draws {equation.out_shape()[dim]} numbers for {equation.n} rows"
+        return [equation.mixed(why, fix="a draw for each row")]
+    return [PerRow(dim, inner=inner)]
 
 
 @rule("triangular_solve")

@@ -27,6 +27,9 @@ RULES: dict[str, Rule] = {}
 TOGETHER = "combines each row with other ones"
 PICKS = "picks rows by their place in the batch"
 NONLINEAR = "is not linear in a sum over rows"
+BY_ROW = (
+    "jax.vmap(f)(rows), or jax.lax.map(f, rows) without batch_size, if f needs one row at a time"
+)
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
@@ -77,7 +80,8 @@ def join(equation: Equation, states: Sequence[State]) -> State:
     if rows and sums:
         return equation.mixed("uses a sum over rows beside single rows")
     if sums and degree is None:
-        return equation.mixed("adds sums over rows to something that does not grow with them")
+        why = "adds sums over rows to something that does not grow with them"
+        return equation.mixed(why, fix="means of rows, jnp.mean(...), in place of sums")
     if sums:
         return RowSum(degree)
     if not rows:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ._equation import Equation
-from ._rules import PICKS, TOGETHER, elementwise, first_mixed, join, moved, rule
+from ._rules import BY_ROW, PICKS, TOGETHER, elementwise, first_mixed, join, moved, rule
 from ._states import (
     AlwaysZero,
     Columns,
@@ -121,7 +121,7 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         inner, left = divmod(behind, math.prod(new[dim + 1 :]))
         if not rest and not left and new[dim] == outer * equation.n * inner:
             return [PerRow(dim, outer, inner, state.degree, state.role)]
-    return [equation.mixed("splits rows up, or folds several into one")]
+    return [equation.mixed("splits rows up, or folds several into one", fix=BY_ROW)]
 
 
 def _folds_parts(equation: Equation) -> bool:
@@ -219,7 +219,7 @@ def _pad(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     state, filler = states
     config = equation.params["padding_config"]
     if not isinstance(state, PerRow) or not any(config[state.dim]):
-        uneven = any(any(config[dim]) for dim in equation.growing(0))
+        uneven = any(any(config[dim]) for dim in equation.out_growing())
         same = isinstance(state, AlwaysZero) and isinstance(filler, AlwaysZero)
         return [equation.mixed(PICKS) if uneven and not same else join(equation, states)]
     low, high, inner = config[state.dim]

@@ -32,6 +32,7 @@ class Cause:
       where: the user's `file:line in function`, or "" where none is known.
       code: the statement on that line, or "".
       ratio: a sum over rows was divided by another one, as in a mean over valid tokens.
+      fix: how to write the same so that rows can be split, or "".
     """
 
     operation: str
@@ -39,6 +40,7 @@ class Cause:
     where: str = ""
     code: str = ""
     ratio: bool = False
+    fix: str = ""
 
     def __str__(self) -> str:
         return f"{self.operation} {self.why}" + (f" ({self.where})" if self.where else "")

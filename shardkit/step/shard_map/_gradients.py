@@ -44,7 +44,7 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
         args = trained(compute_params), model_state, batch, key
         output, totals = _accumulate(of_trained, plan, args)
         with jax.named_scope("reduce"):
-            output = reduce_output(output, plan.row_axes, model_state)
+            output = reduce_output(output, plan.row_axes, model_state, plan.equal_state)
             grads = divide_by_weight(totals, OF_MEAN if _whole(plan) else output.loss.weight)
             flat, structure = jax.tree.flatten(
                 jax.tree.map(
@@ -72,7 +72,7 @@ def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective
     ) -> tuple[Scalar, LossOutput]:
         compute_params = gather_params(plan, params)
         _, output = objective(compute_params, model_state, batch, _device_key(plan, key))
-        output = reduce_output(output, plan.row_axes, model_state)
+        output = reduce_output(output, plan.row_axes, model_state, plan.equal_state)
         return output.loss.total, output
 
     return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))

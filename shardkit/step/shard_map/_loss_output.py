@@ -1,6 +1,6 @@
 """Reduces the loss and metrics of one device's shards to equal values on all devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,32 @@ from ...nn._manual_axis_rules import Axes, pvary, varying_axes
 from .._objective import LossOutput
 
 
-def reduce_output(output: LossOutput, rows: Axes, model_state: PyTree) -> LossOutput:
+def reduce_output(
+    output: LossOutput, rows: Axes, model_state: PyTree, equal_state: Sequence[bool]
+) -> LossOutput:
     """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
 
     Args:
       output: of one device.
       rows: mesh axes that split the rows.
       model_state: that the loss was called with.
+      equal_state: for each leaf of the new state, whether all devices of the rows compute the same.
 
     Raises:
       StepError: a result varies over an axis that does not split the rows, and needs a psum there;
         or new state varies over any.
     """
+    leaves, structure = jax.tree.flatten(output.model_state)
+    new_state = structure.unflatten(
+        _typed_equal(x, rows) if equal else x for x, equal in zip(leaves, equal_state, strict=True)
+    )
     means = {"loss": output.loss, **output.metrics}
     raise_all(
         StepError,
         "The loss on shards returns values that differ between devices with the same rows.",
         [
             *(p for name, mean in means.items() for p in _varying_problems(name, mean, rows)),
-            *_state_problems(model_state, output.model_state),
+            *_state_problems(model_state, new_state),
         ],
     )
     names_by_axes: dict[Axes, list[str]] = {}
@@ -47,7 +54,13 @@ def reduce_output(output: LossOutput, rows: Axes, model_state: PyTree) -> LossOu
         pairs = zip(names, sums[::2], sums[1::2], strict=True)
         summed |= {name: Mean(total, weight) for name, total, weight in pairs}
     metrics = {name: summed[name] for name in output.metrics}
-    return LossOutput(summed["loss"], metrics, output.model_state)
+    return LossOutput(summed["loss"], metrics, new_state)
+
+
+def _typed_equal(x: jax.Array, rows: Axes) -> jax.Array:
+    """Types equal numbers as equal; those made of parameters have the type of their gradients."""
+    axes = tuple(axis for axis in rows if axis in varying_axes(x))
+    return jax.lax.pmax(x, axes) if axes else x
 
 
 def _state_problems(before: PyTree, after: PyTree) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ parameter whether a layer gathers it, and every problem is found before compilin
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from ...nn._manual_axis_rules import (
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout
+from ._axis_types import follow_types
 from ._buckets import ParamPlan, flatten_dims
 from ._problems import (
     MarkedAxes,
@@ -57,6 +59,8 @@ class ShardMapPlan:
       axis_rules: logical axes → mesh axes on shards.
       specs: specs of `(params, model_state, batch)`.
       gradients: specs of the gradients that the update receives.
+      equal_state: for each leaf of the new model state, whether no row decides it, as in power
+        iterations of a weight.
       uses_float16: whether the loss computes in float16, which sums leave the range of.
       draws: which random draws of the loss grow with rows and length.
     """
@@ -71,6 +75,7 @@ class ShardMapPlan:
     axis_rules: ManualAxisRules
     specs: tuple[PyTree, PyTree, PyTree]
     gradients: PyTree
+    equal_state: tuple[bool, ...]
     uses_float16: bool = False
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
@@ -167,8 +172,22 @@ def build_plan(
         axis_rules=ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce_dtype),
         specs=(specs.params, specs.model_state, batch),
         gradients=update,
+        equal_state=_find_equal_state(layout, jaxpr.jaxpr, parameters),
         uses_float16=uses_dtype(jaxpr.jaxpr, jnp.float16),
     )
+
+
+def _find_equal_state(
+    layout: StepLayout, loss: core.Jaxpr, parameters: Sequence[ParamPlan]
+) -> tuple[bool, ...]:
+    """Whether each leaf of the new model state is the same on all devices of the rows."""
+    rows, state = frozenset(layout.row_axes), jax.tree.leaves(layout.shardings.model_state)
+    # A parameter that its layer gathers is a shard until then.
+    split = [{*flatten_dims(p.stored)} - {*flatten_dims(p.gathered)} for p in parameters]
+    split += [{*flatten_dims(_spec_dims(x.spec, len(x.spec)))} for x in state]
+    others = [rows] * (len(loss.invars) - len(split))
+    types, _ = follow_types(loss, [*(rows & axes for axes in split), *others])
+    return tuple(not axes for axes in types[len(types) - len(state) :])
 
 
 def _plan_param(stored: Dims, finer: Dims, gathered: Dims, summed_axes: Axes) -> ParamPlan:
