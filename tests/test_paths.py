@@ -69,9 +69,7 @@ URLS = ["s3://bucket/run", "gs://b", "file:///tmp/x", "hdfs://n:1/x"]
 )
 def test_what_is_no_path_is_refused_and_nothing_is_made(use, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        sk.ShardkitError, match=r"is a URL|is empty|is longer|no file has|name too long"
-    ):
+    with pytest.raises(sk.ShardkitError, match=r"is a URL|is empty|no file has|name too long"):
         use(url)
     assert list(tmp_path.iterdir()) == []
 

@@ -256,7 +256,7 @@ def test_a_jitted_model_is_verified():
 @pytest.mark.parametrize(
     ("mark", "kind", "facts"),
     [
-        ("attention", "attention", ((LENGTH, HEADS, HEADS, False),)),
+        ("attention", "attention", ((LENGTH, HEADS, HEADS),)),
         ("experts", "experts", ((4, False),)),
         ("staged", "layers", (LAYERS,)),
     ],

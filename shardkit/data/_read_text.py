@@ -72,7 +72,7 @@ def read_corpus(path: str | Path, validation_fraction: float = 0.05) -> Corpus:
     Raises:
       DataError: the path is missing, cannot be read, or leaves either part empty.
     """
-    root = local_path(path, DataError)
+    root = local_path(path, DataError, fix=_FIX)
     if os.path.isdir(root):  # unlike Path.is_dir, False if the path cannot be looked at
         _check_is_no_run(root)
         names = _relative_names(root, frozenset())
@@ -89,7 +89,7 @@ def read_documents(path: str | Path) -> Iterator[bytes]:
     Raises:
       DataError: a file is missing, unreadable or not text.
     """
-    root = local_path(path, DataError)
+    root = local_path(path, DataError, fix=_FIX)
     is_folder = os.path.isdir(root)
     if is_folder:
         _check_is_no_run(root)
@@ -105,7 +105,7 @@ def list_shards(path: str | Path) -> list[Path]:
     Raises:
       DataError: a folder holds token shards and other files.
     """
-    root = local_path(path, DataError)
+    root = local_path(path, DataError, fix=_FIX)
     if not os.path.isdir(root):
         return [root] if root.suffix in SUFFIXES else []
     names = _relative_names(root, frozenset())
@@ -125,6 +125,7 @@ def _list_some(names: list[str]) -> str:
     return f"{count(len(names), 'other file')} ({shown}{', …' if len(names) > 3 else ''})"
 
 
+_FIX = "--set data.path=FOLDER of this machine"
 # Files that identify the folder of a run, or of its checkpoints.
 _RUN_FILES = ("metrics.jsonl", "step-*/manifest.json", "checkpoints/step-*/manifest.json")
 

@@ -175,6 +175,7 @@ def local_path(
     kind: type[ShardkitError],
     headline: str = "Files are read and written on this machine only.",
     subject: str = "",
+    fix: str = "",
 ) -> Path:
     """Returns a path with `~` expanded; refuses URLs, which would become folders here.
 
@@ -183,6 +184,7 @@ def local_path(
       kind: type of the error.
       headline: first line of the error.
       subject: names the setting in the error, by default the path itself.
+      fix: of the error, by default another path.
 
     Raises:
       ShardkitError: of type `kind`: a URL such as `s3://bucket/run`, or a path no system has.
@@ -190,7 +192,7 @@ def local_path(
     >>> local_path("runs/first", ShardkitError)
     PosixPath('runs/first')
     """
-    if problem := path_problem(path, subject):
+    if problem := path_problem(path, subject, fix):
         raise kind(format_problems(headline, [problem]))
     try:
         return Path(path).expanduser()
@@ -198,28 +200,29 @@ def local_path(
         return Path(path)
 
 
-def path_problem(path: str | os.PathLike[str], subject: str = "") -> Problem | None:
+def path_problem(path: str | os.PathLike[str], subject: str = "", fix: str = "") -> Problem | None:
     """Returns what is wrong with a path before any file system is asked, or None."""
+    fix = fix or _LOCAL
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
         why = f"is {path!r}, of type {type(path).__name__}: a path is a text."
-        return Problem(subject or "path", why, _LOCAL)
+        return Problem(subject or "path", why, fix)
     if not text or "\0" in text:
         why = "is empty" if not text else "has a zero byte"
-        return Problem(subject or repr(text), f"{why}: a path is needed.", _LOCAL)
+        return Problem(subject or repr(text), f"{why}: a path is needed.", fix)
     try:
         raw = os.fsencode(text)
     except UnicodeEncodeError:
-        return Problem(subject or repr(text), "has characters that no file has in its name", _LOCAL)
+        return Problem(subject or repr(text), "has characters that no file has in its name", fix)
     if max(map(len, raw.split(b"/"))) > _LONGEST_NAME or len(raw) > _LONGEST_PATH:
-        why = "is longer than the name of any file"
-        return Problem(subject or repr(f"{text[:40]}…"), why, _LOCAL)
+        why = "File name too long."
+        return Problem(subject or repr(f"{text[:40]}…"), why, fix)
     # A `Path` of the URL has one slash less.
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if url is None:
         return None
     why = f"is a URL ({url[1]}), not a path of a file system of this machine."
-    fix = f"{_LOCAL}; or mount it, and give the path: /mnt/{text[url.end() :].strip('/')}"
+    fix = f"{fix}; or mount it, and give the path: /mnt/{text[url.end() :].strip('/')}"
     return Problem(subject or text, why, fix)
 
 
