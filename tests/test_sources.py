@@ -24,6 +24,7 @@ from shardkit.targets import StepSource, compile_for
 from ._misplaced import CASES, STRANGERS, avoidable, declare, line_of
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
+from ._quick import some_quick
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 # The TPU compiler needs seconds for each: six of those in a model, or by a constraint.
@@ -65,7 +66,11 @@ def check_source(name, report):
     return sent
 
 
-@pytest.mark.parametrize("name", ALL)
+# All but two thirds of those that came after the first twelve.
+QUICK = [*CASES, *list(STRANGERS | MODELS | CONSTRAINTS)[::3]]
+
+
+@pytest.mark.parametrize("name", some_quick(ALL, *QUICK))
 def test_the_line_that_is_named_first_is_the_misplaced_one(name):
     if name in ("vmapped_linear", "equinox_output"):
         pytest.importorskip("equinox")

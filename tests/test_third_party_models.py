@@ -48,7 +48,6 @@ SLICE = (
     ("mamba", Cell("tensor", True, "float32", "auto"), "right"),
     ("nnx lora", Cell("tensor", False, "float32", "auto"), "right"),
     ("hugging face", Cell("data", True, "float32", "auto"), "right"),
-    ("equinox attention", Cell("fsdp", True, "float32", "shard_map"), "right"),
 )
 
 
