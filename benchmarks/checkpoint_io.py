@@ -234,9 +234,9 @@ def main() -> None:
     rows = [_row(name, found, float(real)) for name, found in seen.items()]
     note = _note(seen["save between updates"]) + (
         f"{real:.2f} GB of f32 in {LEAVES} leaves, median of {arguments.turns} processes. A save "
-        "computes fingerprints, writes, reads back for CRC-32 and syncs; the caller waits only for "
-        "`caller waits`. A restore checks CRC-32 and fingerprints; its memory includes the state "
-        "itself, which one CPU holds for all devices. The disk is a virtual one: what is written "
+        "computes CRC-32 and fingerprints, writes and syncs; the caller waits only for `caller "
+        "waits`. A restore compares fingerprints; its memory includes the state itself, which one "
+        "CPU holds for all devices. The disk is a virtual one: what is written "
         "may lie in its host's memory, what is read from a cold cache does not."
     )
     _harness.write("checkpoint_io", "measured", "8 simulated CPU devices", rows, note)

@@ -45,7 +45,7 @@ def read_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         groups = ({path: leaves[path] for path in group} for group in _group_by_size(leaves))
         return {p: x for g in groups for p, x in jax.device_get(compute_fingerprints(g)).items()}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(leaves, pool.map(_fingerprint, leaves.values()), strict=True))
+        return dict(zip(leaves, pool.map(fingerprint_on_host, leaves.values()), strict=True))
 
 
 def _group_by_size(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
@@ -60,7 +60,8 @@ def _group_by_size(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
         yield group
 
 
-def _fingerprint(x: jax.Array) -> np.ndarray:
+def fingerprint_on_host(x: jax.Array) -> np.ndarray:
+    """Returns the fingerprint of an array whose shards are all in this process's memory, u32[2]."""
     sums = np.zeros(2, np.uint32)
     for shard in x.addressable_shards:
         if shard.replica_id == 0 and x.size:

@@ -12,7 +12,7 @@ An example: a leaf [6, 4] in chunks of [4, 4], restored to two devices that hold
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ _ALIGNMENT = 64
 
 
 def read_leaves(
-    folder: Path, files: Mapping[str, SavedFile], wanted: Mapping[str, jax.ShapeDtypeStruct]
+    folder: Path,
+    files: Mapping[str, SavedFile],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    done: Callable[[str, jax.Array], None],
 ) -> tuple[dict[str, jax.Array], dict[str, str]]:
     """Reads leaves; each device gets its shards only.
 
@@ -49,6 +52,7 @@ def read_leaves(
       folder: of the step.
       files: its files, as they were written.
       wanted: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
+      done: gets each leaf when it is complete, in a thread that reads.
 
     Returns:
       `{folder of the leaf: array}`, and `{file: what is wrong with it}`; a leaf with a damaged
@@ -58,7 +62,10 @@ def read_leaves(
     with ThreadPoolExecutor(_THREADS) as leaves, ThreadPoolExecutor(_THREADS) as chunks:
 
         def read_leaf(name: str) -> tuple[jax.Array | None, dict[str, str]]:
-            return _LeafReader(folder, files, name, chunks, scratch).read(wanted[name])
+            array, wrong = _LeafReader(folder, files, name, chunks, scratch).read(wanted[name])
+            if array is not None:
+                done(name, array)
+            return array, wrong
 
         results = dict(zip(wanted, leaves.map(read_leaf, wanted), strict=True))
     arrays = {leaf: array for leaf, (array, _) in results.items() if array is not None}

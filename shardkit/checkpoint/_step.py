@@ -1,7 +1,9 @@
 """`SavedStep`: checks the files of a saved step, and loads its leaves onto any devices."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
-from ._collective_errors import collective_errors
+from ._collective_errors import collective_errors, has_several_processes
 from ._files import content_problems, listing_problems
 from ._fingerprint import format_fingerprint, raw_array
 from ._folders import leaf_folder, leaf_of_file
-from ._host_fingerprint import read_fingerprints
+from ._host_fingerprint import are_on_host, fingerprint_on_host, read_fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
 from ._match import RestorePlan
 from ._read import read_leaves
@@ -80,12 +82,13 @@ class SavedStep:
             fingerprint is not the saved one.
         """
         saved = self.manifest.leaves
-        got, wrong = self._read({old: (saved[old], shardings[p]) for p, old in plan.saved.items()})
+        asked = {old: (saved[old], shardings[path]) for path, old in plan.saved.items()}
+        got, wrong, sums = self._read(asked)
         with collective_errors():  # each process has read files that others have not
             if wrong:  # all that is damaged is told at once
                 wrong |= content_problems(self.folder, self._files_of(plan.saved.values()))
             self._raise_if_damaged(self._describe_files(wrong))
-        self._raise_if_damaged(self._find_damage(got))
+        self._raise_if_damaged(self._find_damage(got, sums))
         loaded = {path: got.pop(old) for path, old in plan.saved.items()}
         for path in plan.cast:
             loaded[path] = loaded[path].astype(wanted[path].dtype)
@@ -103,8 +106,8 @@ class SavedStep:
         sharding = SingleDeviceSharding(jax.devices()[0])
         problems = []
         for path, leaf in self.manifest.leaves.items():
-            got, wrong = self._read({path: (leaf, sharding)})
-            problems += self._describe_files(wrong) + self._find_damage(got)
+            got, wrong, sums = self._read({path: (leaf, sharding)})
+            problems += self._describe_files(wrong) + self._find_damage(got, sums)
         self._raise_if_damaged(problems)
 
     def _check_files(self, read: Mapping[str, SavedFile]) -> None:
@@ -124,8 +127,11 @@ class SavedStep:
 
     def _read(
         self, leaves: Mapping[str, tuple[SavedLeaf, Any]]
-    ) -> tuple[dict[str, jax.Array], dict[str, str]]:
-        """Returns arrays by path, and what is wrong with files of the other leaves."""
+    ) -> tuple[dict[str, jax.Array], dict[str, str], dict[str, np.ndarray]]:
+        """Returns arrays by path, what is wrong with files of the other leaves, and fingerprints.
+
+        Of arrays on the host, fingerprints are computed while others are read from the disk.
+        """
         stored = {path: (_stored_type(leaf), to) for path, (leaf, to) in leaves.items()}
         empty = {
             path: jax.make_array_from_callback(a.shape, to, np.zeros(a.shape, a.dtype).__getitem__)
@@ -138,14 +144,25 @@ class SavedStep:
             for name, path in below.items()
             for to in [stored[path][1]]
         }
-        got, wrong = read_leaves(self.folder, self.manifest.files, abstract)
-        return empty | {below[name]: array for name, array in got.items()}, wrong
+        begun: dict[str, Future[np.ndarray]] = {}
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
 
-    def _find_damage(self, got: Mapping[str, jax.Array]) -> list[Problem]:
+            def begin(name: str, array: jax.Array) -> None:
+                if not has_several_processes() and are_on_host({name: array}):
+                    begun[below[name]] = pool.submit(fingerprint_on_host, array)
+
+            got, wrong = read_leaves(self.folder, self.manifest.files, abstract, begin)
+        sums = {path: future.result() for path, future in begun.items()}
+        return empty | {below[name]: array for name, array in got.items()}, wrong, sums
+
+    def _find_damage(
+        self, got: Mapping[str, jax.Array], sums: Mapping[str, np.ndarray]
+    ) -> list[Problem]:
         """Compares the fingerprints of leaves; where one differs, its files say which of them."""
         problems = []
-        for path, sums in read_fingerprints(got).items():
-            leaf, now = self.manifest.leaves[path], format_fingerprint(sums)
+        others = read_fingerprints({path: x for path, x in got.items() if path not in sums})
+        for path, found in {**others, **sums}.items():
+            leaf, now = self.manifest.leaves[path], format_fingerprint(found)
             if now == leaf.fingerprint:
                 continue
             why = f"has fingerprint {now}, {leaf.fingerprint} was saved"

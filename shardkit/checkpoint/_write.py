@@ -1,10 +1,11 @@
 """Writes the arrays of a step: each process the shards of which it holds the first copy.
 
 Arrays are copied to the host, so that they may be donated, and threads write the copies: one pass
-over each chunk gives its CRC-32, what it adds to the fingerprint of its leaf, and its file, which
-is on the disk when it is done. The first process collects what all have written.
+over each chunk gives its CRC-32, what it adds to the fingerprint of its leaf, and its file. When
+all are written they are synced. The first process collects what all have written.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -34,7 +35,7 @@ from ._grid import (
 from ._host_fingerprint import sum_words
 from ._manifest import SavedFile
 
-# More than processors, as a thread that syncs waits for the disk.
+# More than processors, as a thread that writes or syncs waits for the disk.
 _THREADS = 4
 _WAIT_SECONDS = 3600
 
@@ -101,7 +102,9 @@ def start_writing(
 
     def finish() -> Written:
         try:
-            return _add_up(future.result() for future in futures)
+            written = _add_up(future.result() for future in futures)
+            list(pool.map(lambda name: _sync(folder / name), written.files))
+            return written
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -117,14 +120,22 @@ def _copy_to_host(data: jax.Array) -> np.ndarray:
 
 
 def _write_file(path: Path, content: memoryview) -> SavedFile:
-    """Writes a new file, which is on the disk when this returns."""
+    """Writes a new file, which is on its way to the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as file:
         done = 0
         while done < len(content):
             done += file.write(content[done:])
-        os.fsync(file.fileno())
+        # Starts writing without waiting for it, as a sync would; other systems start by themselves.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return SavedFile(len(content), f"{zlib.crc32(content):08x}")
+
+
+def _sync(path: Path) -> None:
+    # One that has been deleted is named when the step is checked.
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _add_up(done: Iterable[_Done]) -> Written:
