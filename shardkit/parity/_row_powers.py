@@ -31,16 +31,28 @@ def find_row_powers(
     counts = count_rows(batch, dims)
     if parts == 1 or len(counts) != 1:
         return {}
-    first = np.arange(0, counts.pop(), parts)
+    rows = counts.pop()
 
-    def mean_of(index: np.ndarray) -> dict[str, float]:
+    def pairs_of(index: np.ndarray) -> dict[str, tuple[float, float]]:
         pairs = run(map_rows(lambda x, dim: take_rows(x, dim, index), batch, dims))
-        return {name: float(t) / float(w) if float(w) else 0.0 for name, (t, w) in pairs.items()}
+        return {name: (float(total), float(weight)) for name, (total, weight) in pairs.items()}
 
-    few, many = mean_of(first), mean_of(np.tile(first, parts))
-    # Draws of their own change a mean by far less than a power of the number of parts.
-    growth = {name: many[name] / few[name] if few[name] else 1.0 for name in few}
-    return {name: _power(ratio, parts) for name, ratio in growth.items()}
+    found: list[dict[str, int]] = []
+    # Draws of their own change a mean by far less than a power of the number of parts; a count of
+    # few hits they may double, but hardly in two parts.
+    for part in range(2):
+        first = np.arange(part, rows, parts)
+        few, many = pairs_of(first), pairs_of(np.tile(first, parts))
+        found.append({name: _grown(few[name], many[name], parts) for name in few})
+    return {name: power if found[1][name] == power else 0 for name, power in found[0].items()}
+
+
+def _grown(few: tuple[float, float], many: tuple[float, float], parts: int) -> int:
+    """The power with which a total grows over a weight that stays; 0 where the weight grows too."""
+    (total, weight), (total_of_many, weight_of_many) = few, many
+    if not total or not weight or not math.isclose(weight, weight_of_many, rel_tol=1e-3):
+        return 0
+    return _power(total_of_many / total, parts)
 
 
 def _power(ratio: float, parts: int) -> int:
