@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,7 @@ def _write_file(path: Path, content: memoryview) -> SavedFile:
         while done < len(content):
             done += file.write(content[done:])
         # Starts writing without waiting for it, as a sync would; other systems start by themselves.
-        if hasattr(os, "posix_fadvise"):
+        if sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return SavedFile(len(content), f"{zlib.crc32(content):08x}")
 
