@@ -140,7 +140,7 @@ class Checkpointer:
         """Reads the manifest of a step, by default the newest; needs no device.
 
         Raises:
-          CheckpointError: there is no such step, or its format is newer.
+          CheckpointError: there is no such step, or its format is newer or older.
           CheckpointCorruptedError: its manifest is damaged.
         """
         return read_manifest(step_folder(self.folder, self._candidates(step)[0]))

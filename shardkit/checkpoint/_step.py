@@ -41,7 +41,7 @@ class SavedStep:
 
         Raises:
           CheckpointCorruptedError: it is missing or damaged.
-          CheckpointError: its format is newer.
+          CheckpointError: its format is newer, or older.
         """
         return cls(folder, read_manifest(folder))
 

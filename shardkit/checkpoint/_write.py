@@ -115,7 +115,8 @@ def start_writing(
 def _copy_to_host(data: jax.Array) -> np.ndarray:
     values = np.asarray(data)
     (device,) = data.devices()
-    # Memory of this machine is not copied by `asarray`, and would be reused when it is donated.
+    # `asarray` does not copy memory of this machine. JAX keeps a donated array that NumPy still sees,
+    # but does not promise it.
     is_here = device.platform == "cpu" or data.sharding.memory_kind not in (None, "device")
     return values.copy() if is_here else values
 
@@ -140,12 +141,17 @@ def _sync(path: Path) -> None:
 
 
 def _add_up(done: Iterable[_Done]) -> Written:
-    files, sums = {}, {}
-    for name, file, leaf, added in done:
-        files[name] = file
-        if added is not None:
-            sums[leaf] = sums.get(leaf, np.zeros(2, np.uint32)) + added
-    return Written(files, sums)
+    every = list(done)
+    sums = _add_sums((leaf, added) for *_, leaf, added in every if added is not None)
+    return Written({name: file for name, file, *_ in every}, sums)
+
+
+def _add_sums(parts: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:
+    """Adds up fingerprints of parts of leaves; integers wrap."""
+    sums: dict[str, np.ndarray] = {}
+    for leaf, added in parts:
+        sums[leaf] = sums.get(leaf, np.zeros(2, np.uint32)) + np.asarray(added, np.uint32)
+    return sums
 
 
 def collect(folder: Path, written: Written | Exception) -> Written | None:
@@ -179,12 +185,9 @@ def collect(folder: Path, written: Written | Exception) -> Written | None:
         raise CheckpointError(format_problems("A save has failed.", problems, fix))
     for path in texts.values():
         path.unlink()
-    total = {}
-    for fields in found.values():
-        for leaf, two in fields["sums"].items():
-            total[leaf] = total.get(leaf, np.zeros(2, np.uint32)) + np.array(two, np.uint32)
+    sums = _add_sums(item for fields in found.values() for item in fields["sums"].items())
     files = {n: SavedFile(*f) for fields in found.values() for n, f in fields["files"].items()}
-    return Written(files, total)
+    return Written(files, sums)
 
 
 def _to_text(written: Written | Exception) -> str:
