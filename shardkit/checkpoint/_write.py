@@ -115,8 +115,8 @@ def start_writing(
 def _copy_to_host(data: jax.Array) -> np.ndarray:
     values = np.asarray(data)
     (device,) = data.devices()
-    # `asarray` does not copy memory of this machine. JAX keeps a donated array that NumPy still sees,
-    # but does not promise it.
+    # `asarray` does not copy memory of this machine. JAX keeps a donated array that NumPy sees, but
+    # does not promise to.
     is_here = device.platform == "cpu" or data.sharding.memory_kind not in (None, "device")
     return values.copy() if is_here else values
 
