@@ -39,7 +39,7 @@ def start(folder: str, *fields: str) -> dict[str, float]:
     options = [word for field in (*FIELDS, *fields) for word in ("--set", field)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "shardkit.cli", "train", *options],
+        [sys.executable, "-u", "-m", "shardkit", "train", *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_LOG_COMPILES": "1"},
         stdout=subprocess.PIPE,

@@ -73,7 +73,7 @@ def once(how: str) -> Broken:
     with tempfile.TemporaryDirectory() as folder:
         note = pathlib.Path(folder) / "noted"
         program = PROGRAM.format(way=how, how=BREAKS[how], timeout=TIMEOUT)
-        words = ["-m", "shardkit.cli", "launch", "-n", "2", "--devices", "4", "--"]
+        words = ["-m", "shardkit", "launch", "-n", "2", "--devices", "4", "--"]
         run = subprocess.run(
             [sys.executable, *words, sys.executable, "-c", program, str(note)],
             capture_output=True,

@@ -187,7 +187,7 @@ def shell(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **cache}
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "shardkit.cli", *words],
+        [sys.executable, "-u", "-m", "shardkit", *words],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,

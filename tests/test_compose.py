@@ -42,7 +42,8 @@ def test_an_axis_that_the_mesh_lacks():
     assert "mesh axis 'dat'" in text
     assert "is used by data; mesh has data=2, tensr=4. Did you mean 'data'?" in text
     assert "is used by tensor; mesh has data=2, tensr=4. Did you mean 'tensr'?" in text
-    assert "MeshSpec(..., tensor=2), or strategies.tensor(axis) with one of 'data', 'tensr'" in text
+    assert "MeshSpec(..., tensor=2), tensor=1 to split nothing over it, or strategies." in text
+    assert "strategies.tensor(axis) with one of 'data', 'tensr'" in text
 
 
 def test_a_mesh_axis_that_no_strategy_uses():

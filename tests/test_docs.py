@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import shardkit as sk
 from shardkit.cli import _main as entry
-from shardkit.config import shipped_configs
+from shardkit.config import load_config, shipped_configs
 from shardkit.parallel.pipeline._schedule import schedule
+from shardkit.step._layout import resolve_layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,9 +110,9 @@ def test_ci_reads_the_test_command_from_the_readme():
 
 
 def commands() -> list[str]:
-    """Every `shardkit ...` line that a page or a config shows."""
+    """Every `shardkit ...` line that a page, a config or a help text shows."""
     sources = [*PAGES, *sorted((ROOT / "configs").glob("*.py"))]
-    found = []
+    found = [line for command in entry.COMMANDS for line in command.examples]
     for path in sources:
         for line in re.findall(r"(?:^ *|/|`)(shardkit [^\n`]+)", path.read_text(), re.M):
             words = line.split()
@@ -121,13 +123,38 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_a_command_that_is_shown_can_be_typed(line):
-    words = shlex.split(line.split(" #")[0])[1:]
+    words = shlex.split(re.split(" [#>]", line)[0])[1:]
     placeholders = {"CONFIG", "..."}
     arguments = entry.parser().parse_args([w for w in words if w not in placeholders])
     config = vars(arguments).get("config")  # not every command is about one
-    if config is not None and not config.endswith(".json"):
-        known = {file.stem for file in shipped_configs()} | {"my_config.py"}
-        assert config in known or (ROOT / config).is_file()
+    if config and not config.endswith((".json", "my_config.py")) and ":" not in config:
+        assert config in {file.stem for file in shipped_configs()} or (ROOT / config).is_file()
+        if on_this_machine(words):
+            for mesh in vars(arguments).get("mesh") or [None]:  # `verify` takes several
+                lay_out(config, [*arguments.overrides, *([f"mesh={mesh}"] if mesh else [])])
+
+
+def on_this_machine(words):
+    """Whether the command makes a step on devices of this machine from files that are there."""
+    others = ("--target", "data.path", "data.tokenizer", "devices=", "finetune_llama")
+    return words[0] in ("train", "report", "verify") and not any(
+        other in word for other in others for word in words
+    )
+
+
+def lay_out(name, overrides):
+    """Fails with the errors that the command would end with before it compiles."""
+    config = load_config(name, overrides)
+    devices = jax.devices()
+    if -1 not in config.mesh.axes.values():
+        devices = devices[: config.mesh.size]
+    resolve_layout(config.step_spec(), config.mesh.build(devices=devices))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_shell_understands_what_is_shown(path):
+    for block in blocks(path.read_text(), "(?:sh|bash)"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
 
 def test_commands_are_found():

@@ -168,7 +168,7 @@ def test_commands_show_no_complaint_of_libtpu(words, shown, tmp_path):
     if words[0] == "train":
         words = [*words, "--set=data.seq_len=32", "--set=train.steps=2", "--set=devices=local"]
         words += ["--set=train.sample=0", "--set=train.baselines=false"]
-    command = [sys.executable, "-m", "shardkit.cli", *words]
+    command = [sys.executable, "-m", "shardkit", *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=libtpu_environment(), capture_output=True, text=True
     )

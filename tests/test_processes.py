@@ -447,7 +447,7 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
         "say(b'up\\n')\n"
         "time.sleep(30)\ntime.sleep(30)"
     )
-    words = ["-m", "shardkit.cli", "launch", "-n", "2", "--", sys.executable, "-c", program]
+    words = ["-m", "shardkit", "launch", "-n", "2", "--", sys.executable, "-c", program]
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as run:
         try:
             assert run.stdout is not None
@@ -576,7 +576,7 @@ def alive(pid):
 
 def test_children_of_any_program_end_with_a_killed_launcher():
     program = "sleep 60 & echo $$ $!; wait"
-    words = ["-m", "shardkit.cli", "launch", "-n", "2", "--", "/bin/sh", "-c", program]
+    words = ["-m", "shardkit", "launch", "-n", "2", "--", "/bin/sh", "-c", program]
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         lines = [run.stdout.readline().removeprefix("[1] ") for _ in range(2)]

@@ -395,7 +395,7 @@ SMALL = (
 
 @pytest.mark.slow
 def test_a_run_that_is_started_again_takes_its_programs_from_beside_it(tmp_path):
-    words = [sys.executable, "-m", "shardkit.cli", "train"]
+    words = [sys.executable, "-m", "shardkit", "train"]
     words += [word for option in SMALL for word in ("--set", option)]
     kept = tmp_path / "runs" / ".compiled"
 

@@ -31,7 +31,7 @@ COMMANDS: tuple[Command, ...] = (
         examples=(
             "shardkit train",
             "shardkit train nano --steps 20",
-            "shardkit train nano --mesh data=2,tensor=4 --lr 1e-3",
+            "shardkit train nano --mesh data=8,tensor=1 --lr 1e-3",
             "shardkit train fsdp_tensor --set train.steps=50 --set model.num_layers=2",
             "shardkit train --set data.path=book.txt --set train.loggers=tensorboard",
         ),
@@ -41,6 +41,7 @@ COMMANDS: tuple[Command, ...] = (
         "memory, communication and time of a config, or module:function, on a target",
         import_late("._report"),
         (
+            field_option("--mesh", "mesh", "AXIS=SIZE,…"),
             option(
                 "--target",
                 help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; the devices need not be present",
@@ -77,7 +78,7 @@ COMMANDS: tuple[Command, ...] = (
         ),
         examples=(
             "shardkit report nano",
-            "shardkit report nano --why",
+            "shardkit report nano --mesh data=8,tensor=1 --why",
             "shardkit report llama2_7b --target tpu:v5p:4x4x4 --html report.html",
             "shardkit report nano --chip v5p --trace step.json",
             "shardkit report nano --profile runs/nano/profile",
@@ -109,7 +110,7 @@ COMMANDS: tuple[Command, ...] = (
         ),
         examples=(
             "shardkit verify",
-            "shardkit verify nano --mesh data=2,tensor=4 --mesh tensor=8",
+            "shardkit verify nano --mesh data=4,tensor=2 --mesh data=1,tensor=2",
             "shardkit verify nano --steps 1 --mutations",
         ),
     ),

@@ -159,8 +159,8 @@ def _absent_axes(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
             f"mesh axis {kind.axis!r}",
             f"is used by {kind}; mesh has {format_mesh(sizes)[1:-1]}."
             + did_you_mean(kind.axis, sizes),
-            f"MeshSpec(..., {kind.axis}=2), or strategies.{kind.name}(axis) with one of "
-            + ", ".join(map(repr, sizes)),
+            f"MeshSpec(..., {kind.axis}=2), {kind.axis}=1 to split nothing over it, "
+            f"or strategies.{kind.name}(axis) with one of " + ", ".join(map(repr, sizes)),
         )
         for kind in strategy.kinds
         if kind.axis not in sizes
