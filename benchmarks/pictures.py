@@ -1,11 +1,14 @@
 """Pictures of docs/pictures, drawn from what shardkit itself says: specs, schedules, a timeline.
 
     python benchmarks/pictures.py
+    shardkit report llama2_7b --html page.html && python benchmarks/pictures.py page.html
 
-A test compares the committed files with what this draws. Nothing is measured here.
+The second line takes a picture of a page, in Chromium. A test compares the other committed files
+with what this draws. Nothing is measured here.
 """
 
 import pathlib
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -217,8 +220,22 @@ def pictures() -> dict[str, str]:
     return {"mesh.svg": draw_mesh(), "kinds.svg": draw_kinds(), "ticks.svg": draw_ticks()}
 
 
+def photograph(page: pathlib.Path) -> None:
+    """Takes report.png of the page of a report, down to its memory over the step."""
+    from PIL import Image
+
+    file = FOLDER / "report.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    shot = ["--window-size=1180,1236", f"--screenshot={file}", page.absolute().as_uri()]
+    subprocess.run(["chromium", *flags, *shot], check=True, capture_output=True)
+    Image.open(file).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
 def main() -> None:
     """Writes the files."""
+    if sys.argv[1:]:
+        photograph(pathlib.Path(sys.argv[1]))
+        return
     sk.simulate_devices(8)
     FOLDER.mkdir(exist_ok=True)
     for name, text in {**pictures(), "timeline.svg": draw_timeline()}.items():

@@ -36,10 +36,10 @@ def loss(params, batch, key):
             other = sk.nn.constrain(jnp.sin(hidden), "batch", "hidden")
             return jnp.tanh(other @ w["down"]), None
 
-    return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+    return jnp.mean(jax.lax.scan(sk.nn.remat(layer), batch["x"], params)[0] ** 2)
 
 
-def reported(**activations):
+def reported(remat="none", **activations):
     both = strategies.data() | strategies.tensor()
     return sk.compile_step(
         loss,
@@ -47,7 +47,7 @@ def reported(**activations):
         init=init,
         batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
         mesh=sk.MeshSpec(data=2, tensor=4).build(),
-        strategy=both.with_names(activations=activations),
+        strategy=dataclasses.replace(both.with_names(activations=activations), remat=remat),
     ).report()
 
 
@@ -77,6 +77,14 @@ def test_activations_kept_whole_over_an_axis_that_splits_others(agreeing):
     assert "f32[3,1024,256]" in found.why
     assert "strategies.tensor(sequence=True)" in found.fix
     assert found.source.function == "loss.<locals>.layer"
+
+
+def test_a_fix_is_not_what_is_declared_already(agreeing):
+    (found,) = of_kind(agreeing, "replicated_activation")
+    assert found.fix == 'strategies.tensor(sequence=True), or remat="full" to keep less'
+    (kept,) = of_kind(reported("full", hidden="tensor"), "replicated_activation")
+    assert kept.fix == "strategies.tensor(sequence=True)"
+    assert kept.bytes < found.bytes
 
 
 def test_activations_that_are_split_over_every_axis_are_no_finding():
@@ -128,7 +136,7 @@ def test_a_gather_between_a_parameter_and_a_constraint_names_both():
             hidden = sk.nn.constrain(jnp.tanh(x @ up), "batch", "whole")
             return jnp.tanh(hidden @ w["down"]), None
 
-        return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+        return jnp.mean(jax.lax.scan(sk.nn.remat(layer), batch["x"], params)[0] ** 2)
 
     both = strategies.data() | strategies.tensor()
     report = sk.compile_step(

@@ -29,8 +29,17 @@ function check_text(when) {
   }
 }
 
+// Browsers leave out shapes with coordinates above 2^31, and their edges are coarse long before.
+function check_pictures() {
+  for (const node of document.querySelectorAll("svg[viewBox]")) {
+    const most = Math.max(...node.getAttribute("viewBox").split(" ").map(Number));
+    if (most > 2 ** 16) wrong.push(`picture: coordinates to ${most}`);
+  }
+}
+
 check_width("as drawn");
 check_text("as drawn");
+check_pictures();
 for (const one of document.querySelectorAll("details")) one.open = true;
 let pressed = 0;
 for (const table of document.querySelectorAll("table")) {

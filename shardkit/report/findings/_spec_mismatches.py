@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from jax.sharding import PartitionSpec
 
+from ..._core.tracing import equations
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
@@ -156,9 +157,18 @@ def _suggest_constraint(program: Program, axes: tuple[str, ...]) -> str:
         return 'sk.nn.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
     kinds = [program.declared.kind_of(axis) for axis in axes]
     fixes = {kind.activation_fix if kind else "" for kind in kinds}
+    keep_less = "" if _recomputes_layers(program) else ', or remat="full" to keep less'
     if len(fixes) == 1 and any(fixes):
-        return f'{fixes.pop()}, or remat="full" to keep less'
-    return 'sk.nn.constrain(x, ...) with a name that activations map there, or remat="full"'
+        return f"{fixes.pop()}{keep_less}"
+    return f"sk.nn.constrain(x, ...) with a name that activations map there{keep_less}"
+
+
+def _recomputes_layers(program: Program) -> bool:
+    """Whether the strategy has `remat="full"` already."""
+    if program.jaxpr is None:
+        return False
+    policies = (eqn.params.get("policy") for eqn in equations(program.jaxpr.jaxpr))
+    return any(getattr(policy, "name", "").startswith("full") for policy in policies)
 
 
 def parameter_gathers(program: Program) -> Iterator[Finding]:

@@ -67,18 +67,20 @@ function draw_history(peak) {
   );
 }
 
-// Areas stacked on each other; a column is as wide as any other.
+// Areas stacked on each other; a column is as wide as any other. Heights are parts of 1000: browsers
+// draw no coordinate above 2^31, which is only 2 GiB.
 function areas(layers, most) {
   const n = layers[0][1].length;
   const below = Array(n).fill(0);
+  const height = (size) => (1000 * (1 - size / most)).toFixed(2);
   const paths = layers.map(([name, sizes]) => {
     const floor = [...below];
     sizes.forEach((size, i) => (below[i] += size));
-    const up = below.map((y, i) => `V${most - y}H${i + 1}`).join("");
-    const down = floor.map((y, i) => `V${most - y}H${i}`).reverse().join("");
-    return svg("path", { class: `live ${name}`, d: `M0,${most - floor[0]}${up}${down}Z` });
+    const up = below.map((y, i) => `V${height(y)}H${i + 1}`).join("");
+    const down = floor.map((y, i) => `V${height(y)}H${i}`).reverse().join("");
+    return svg("path", { class: `live ${name}`, d: `M0,${height(floor[0])}${up}${down}Z` });
   });
-  const box = { viewBox: `0 0 ${n} ${most}`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  const box = { viewBox: `0 0 ${n} 1000`, preserveAspectRatio: "none", "aria-hidden": "true" };
   return svg("svg", box, ...paths);
 }
 
