@@ -13,7 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.config import load_config
-from shardkit.report import Report
+from shardkit.report import Program, Report
+from shardkit.report.communication._minimum import Minimum
+from shardkit.report.findings._excess import _spare_blocks
+
+from ._programs import recorded
 
 VOCAB, EMBED, MLP = 32, 16, 24
 TOKENS = {"tokens": np.zeros((16, 8), np.int32)}
@@ -210,3 +214,24 @@ def test_what_strangers_models_send_beyond_the_minima_is_explained(name, layout)
         assert "activations=sk.AxisRules({\"batch\": 'fsdp'})" in report.findings[0].fix
         rest = step.report(try_fixes=True).findings[0].remaining
         assert rest <= 1.1 * report.minima[0].bytes < report.ledger.total() / 5
+
+
+def test_blocks_of_a_windowed_product_beyond_a_ring_are_spare():
+    mesh = (("fsdp", 4), ("tensor", 4))
+    ledger = Report.of(Program(recorded("tpu_v5p_fsdp_tensor"), mesh, "tpu", "TPU v5p")).ledger
+    row = next(row for row in ledger if row.windowed and row.group == 4)
+    # Over 4 devices a ring moves 3 blocks a product; 11 are three products' and two more.
+    spare = {3: 0, 5: 2 / 5, 6: 0, 11: 2 / 11, 2: 0}
+    assert {n: pytest.approx(_spare_blocks(row, [row] * n)) for n in spare} == spare
+    assert _spare_blocks(dataclasses.replace(row, windowed=False), [row] * 5) == 0
+
+
+def test_what_no_reason_explains_is_said():
+    mesh = (("fsdp", 4), ("tensor", 4))
+    report = Report.of(Program(recorded("tpu_v5p_fsdp_tensor"), mesh, "tpu", "TPU v5p"))
+    least = Minimum("fsdp", "fsdp", 1000.0, 1500, (("sent again by recomputation", 200),))
+    said = " ".join(str(dataclasses.replace(report, minima=(least,))).split())
+    parts = "200 B sent again by recomputation; 300 B for reasons unknown."
+    assert f"fsdp sends 500 B more than its minimum: {parts}" in said
+    whole = dataclasses.replace(least, excess=(("sent again by recomputation", 490),))
+    assert whole.unexplained == 0

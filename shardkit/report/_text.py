@@ -96,7 +96,9 @@ def _axis_parts(report: ReportData) -> Iterator[_Part]:
     cells = [_axis_cells(report, axis) for axis in traffic if axis.collectives]
     yield _build_table(columns, [[row[name] for name in columns] for row in cells])
     yield from _set_parts(report)
-    yield from (_format_excess(minimum) for minimum in report.minima if minimum.excess)
+    for least in report.minima:
+        if least.excess or least.unexplained:
+            yield _format_excess(least)
     if axes := _axes_without_minimum(report):
         needs = "it takes a strategy that has one, and a model that marks its layers."
         yield f"No textbook minimum for {', '.join(axes)}: {needs}"
@@ -123,9 +125,11 @@ def _axes_without_minimum(report: ReportData) -> list[str]:
 
 
 def _format_excess(least: Minimum) -> str:
-    parts = "; ".join(f"{format_bytes(size)} {what}" for what, size in least.excess)
+    parts = [f"{format_bytes(size)} {what}" for what, size in least.excess]
+    if least.unexplained:
+        parts.append(f"{format_bytes(least.unexplained)} for reasons unknown")
     over = format_bytes(least.wire - least.bytes)
-    return f"{least.axis} sends {over} more than its minimum: {parts}."
+    return f"{least.axis} sends {over} more than its minimum: {'; '.join(parts)}."
 
 
 def _axis_cells(report: ReportData, traffic: AxisTraffic) -> dict[str, str]:
@@ -139,7 +143,7 @@ def _axis_cells(report: ReportData, traffic: AxisTraffic) -> dict[str, str]:
         "optimizer": format_bytes(traffic.optimizer),
         "axis minimum": "" if least is None else f"{format_bytes(least)} ({traffic.kind})",
         "ratio": "" if traffic.ratio is None else f"{mark}{traffic.ratio:.2f}",
-        "reductions": "" if times is None else f"{exact}{times:.4g}",
+        "reductions": "" if times is None else f"{exact}{times:.3g}",
     }
 
 

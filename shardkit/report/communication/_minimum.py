@@ -37,6 +37,12 @@ class Minimum:
         """`wire` ÷ `bytes`; None if the minimum is 0."""
         return self.wire / self.bytes if self.bytes else None
 
+    @property
+    def unexplained(self) -> float:
+        """Bytes beyond the minimum for which `excess` has no reason; 0 below 2 % of it."""
+        rest = self.wire - self.bytes - sum(size for _, size in self.excess)
+        return rest if rest > 0.02 * self.bytes else 0.0
+
 
 def compute_minima(program: Program) -> tuple[Minimum, ...]:
     """Returns the minimum of each mesh axis whose kind is declared, or follows from specs."""

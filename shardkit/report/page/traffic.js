@@ -50,7 +50,7 @@ function draw_traffic() {
       show: (one) =>
         one.reductions === null
           ? ""
-          : `${one.reductions_complete ? "" : "≥ "}${+one.reductions.toPrecision(4)}`,
+          : `${one.reductions_complete ? "" : "≥ "}${+one.reductions.toPrecision(3)}`,
     },
   ];
   const made = table(columns, { caption: "Bytes sent per mesh axis" });
@@ -69,19 +69,28 @@ function draw_traffic() {
     bound(report.ledger.problems),
     branched(report.ledger.rows),
     made.node,
-    ...report.minima.filter((one) => one.excess?.length).map(beyond),
+    ...report.minima.filter((one) => one.excess?.length || unexplained(one)).map(beyond),
     by_sets(rows),
   );
 }
 
-const beyond = (one) =>
-  el(
+const beyond = (one) => {
+  const parts = [...one.excess];
+  if (unexplained(one)) parts.push(["for reasons unknown", unexplained(one)]);
+  return el(
     "p",
     { class: "quiet" },
     `${one.axis} sends ${bytes(one.wire - one.bytes)} more than its minimum: ` +
-      one.excess.map(([what, n]) => `${bytes(n)} ${what}`).join("; ") +
+      parts.map(([what, n]) => `${bytes(n)} ${what}`).join("; ") +
       ".",
   );
+};
+
+// As `Minimum.unexplained`.
+function unexplained(one) {
+  const rest = one.wire - one.bytes - sum(one.excess, ([, n]) => n);
+  return rest > 0.02 * one.bytes ? rest : 0;
+}
 
 const ratio = (one) =>
   one.ratio === null
