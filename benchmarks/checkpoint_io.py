@@ -143,9 +143,9 @@ def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
             state, seconds = update(state)
             undisturbed += [seconds] if i else []
         with Highest() as memory:
-            start = time.perf_counter()
+            start, began = time.perf_counter(), time.process_time()
             checkpoints.save(1, state)
-            blocked = time.perf_counter() - start
+            blocked, used = time.perf_counter() - start, time.process_time() - began
             while 1 not in checkpoints.steps():
                 state, seconds = update(state)
                 disturbed.append(seconds)
@@ -154,6 +154,7 @@ def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
     return {
         "seconds": total,
         "blocked": blocked,
+        "blocked_used": used,
         "model_state": memory.highest - memory.before,
         "step": each,
         "beside": statistics.median(disturbed),
@@ -235,8 +236,9 @@ def main() -> None:
     note = _note(seen["save between updates"]) + (
         f"{real:.2f} GB of f32 in {LEAVES} leaves, median of {arguments.turns} processes. A save "
         "computes CRC-32 and fingerprints, writes and syncs; the caller waits only for `caller "
-        "waits`. A restore compares fingerprints; its memory includes the state itself, which one "
-        "CPU holds for all devices. The disk is a virtual one: what is written "
+        "waits`. Between updates its copies lie in the memory of those of the first save. A "
+        "restore compares fingerprints; its memory includes the state itself, which one CPU holds "
+        "for all devices. The disk is a virtual one: what is written "
         "may lie in its host's memory, what is read from a cold cache does not."
     )
     _harness.write("checkpoint_io", "measured", "8 simulated CPU devices", rows, note)
@@ -244,12 +246,12 @@ def main() -> None:
 
 
 def _note(found: list[dict[str, float]]) -> str:
-    step, blocked, beside = (
-        statistics.median(one[key] for one in found) for key in ("step", "blocked", "beside")
-    )
+    keys = ("step", "blocked", "beside", "blocked_used")
+    step, blocked, beside, used = (statistics.median(one[key] for one in found) for key in keys)
     return (
         f"Between updates, the second save of a run: an update of {ROWS} rows takes {step:.2f} s, "
-        f"the save makes the caller wait for {blocked:.2f} s ({blocked / step:.0%} of an update), "
+        f"the save makes the caller wait for {blocked:.2f} s ({blocked / step:.0%} of an "
+        f"update; {used:.2f} s of processors), "
         f"and an update beside the writing takes {beside / step:.2f} x as long, on the same cores. "
     )
 

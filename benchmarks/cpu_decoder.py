@@ -160,6 +160,10 @@ def main() -> None:
         for name, t in times.items()
     ]
     note = "The allocator keeps freed memory." if arguments.keep_memory else "Stock allocator."
+    note += (
+        " Torch's threads spin while they wait for each other, so its rows mean something on an "
+        "idle machine only: see the load."
+    )
     name = "cpu_decoder_kept_memory" if arguments.keep_memory else "cpu_decoder"
     _harness.write(name, "measured", "CPU", rows, note)
 

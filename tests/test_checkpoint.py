@@ -142,6 +142,22 @@ def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
     assert ck.bits(restore(tmp_path, ck.make_state()).state) == before
 
 
+def test_a_save_that_uses_the_memory_of_the_last_one_has_its_own_values(tmp_path):
+    """The third state has other shapes, so that little of that memory fits it."""
+    states = [
+        {"w": jnp.full((64, 8), 1.0), "b": jnp.zeros(3, jnp.bfloat16)},
+        {"w": jnp.full((64, 8), 2.0), "b": jnp.ones(3, jnp.bfloat16)},
+        {"w": jnp.full((8, 64), 3.0), "a": jnp.ones((), jnp.int8), "b": jnp.ones(3)},
+    ]
+    policy = sk.RetentionPolicy(max_to_keep=3)
+    with sk.Checkpointer(tmp_path, retention=policy) as checkpoints:
+        for i, state in enumerate(states):
+            checkpoints.save(i, state)
+    for i, state in enumerate(states):
+        restored = checkpoints.restore(state, step=i).state
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), restored, state))
+
+
 def test_the_manifest_is_readable_and_knows_no_device(saved, state):
     text = (step_folder(saved, 3) / "manifest.json").read_text()
     fields = json.loads(text)

@@ -598,6 +598,25 @@ def test_a_custom_gradient_that_mixes_rows_is_seen_in_the_gradient():
     assert isinstance(gradient, Mixed)
 
 
+def test_a_derivative_rule_that_parts_alone_would_take_is_refused():
+    """What has no rule on all rows is not differentiated: parts must run the same program."""
+
+    def loss(p, x, k):
+        y = mlp(p, x)
+        return jnp.mean((y if len(x) == ROWS else clipped(y)) ** 2)
+
+    with pytest.raises(StepError, match="changes with the number of rows"):
+        sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: W,
+            batch=X,
+            mesh=sk.MeshSpec(data=1).build(devices=jax.devices()[:1]),
+            strategy=sk.strategies.data(),
+            accumulate=2,
+        )
+
+
 def test_a_ratio_of_sums_is_known_as_one():
     def masked(p, x, m, k):
         return jnp.sum(jnp.sum(mlp(p, x) ** 2, -1) * m) / jnp.sum(m)

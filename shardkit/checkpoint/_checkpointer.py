@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from .._core.donation import check_not_donated
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import is_locked, local_path, os_errors_as
@@ -76,6 +78,7 @@ class Checkpointer:
         self._config = copy_plain(CheckpointError, headline, config=config)["config"]
         self._block: contextlib.ExitStack | None = None
         self._pending: PendingSave | None = None
+        self._copies: list[np.ndarray] = []
         self._damaged: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -107,6 +110,7 @@ class Checkpointer:
           CheckpointError: the save failed, and no other error ends the block.
         """
         block, self._block = self._block, None
+        self._copies = []
         assert block is not None
         with block:
             try:
@@ -195,6 +199,7 @@ class Checkpointer:
             fields={**plain, "config": self._config},
             axes=self._axes,
             retention=self.retention,
+            copies=self._copies,
         )
         return None
 

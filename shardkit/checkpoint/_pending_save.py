@@ -41,6 +41,7 @@ class PendingSave:
         fields: Mapping[str, Any],
         axes: Mapping[str, tuple[str | None, ...]],
         retention: RetentionPolicy,
+        copies: list[np.ndarray],
     ) -> None:
         """Copies the arrays and starts the thread.
 
@@ -51,6 +52,7 @@ class PendingSave:
           fields: the manifest's `data`, `config` and `metrics`.
           axes: `{path: logical axes}`.
           retention: applied once the step is complete.
+          copies: see `start_writing`.
 
         Raises:
           CheckpointError: the folder cannot be written.
@@ -71,7 +73,7 @@ class PendingSave:
             for folder, x in stored.items()
         }
         try:
-            self._wait_written = start_writing(self._folder, stored, summed=on_host)
+            self._wait_written = start_writing(self._folder, stored, on_host, copies)
         except Exception as error:
             raise self._make_error(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"{SAVING}-{step}")

@@ -7,6 +7,7 @@ all are written they are synced. The first process collects what all have writte
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -59,7 +60,7 @@ class Written:
 
 
 def start_writing(
-    folder: Path, leaves: Mapping[str, jax.Array], summed: bool
+    folder: Path, leaves: Mapping[str, jax.Array], summed: bool, copies: list[np.ndarray]
 ) -> Callable[[], Written]:
     """Copies arrays to the host and starts writing them; the arrays may be donated afterwards.
 
@@ -67,6 +68,8 @@ def start_writing(
       folder: of the step.
       leaves: `{folder of the leaf below that of the step: array}`, none of them empty.
       summed: whether to add up the fingerprints.
+      copies: those of the last save, which is over. Their memory is used again, and they become
+        those of this one: the pages of new memory take the kernel three times as long as a copy.
 
     Returns:
       A function that waits until everything is written, and raises any error of writing.
@@ -90,11 +93,14 @@ def start_writing(
     for _, shard in mine:
         shard.data.copy_to_host_async()
     pool = ThreadPoolExecutor(_THREADS)
-    copies = list(pool.map(_copy_to_host, (shard.data for _, shard in mine)))
+    memory = itertools.chain(copies, itertools.repeat(None))
+    copied = list(pool.map(_copy_to_host, (shard.data for _, shard in mine), memory))
+    # What JAX has copied from a device is its own, and read-only.
+    copies[:] = [copy for copy in copied if copy.flags.writeable]
     futures = [
         pool.submit(write_header, leaf, x.dtype) for leaf, x in leaves.items() if is_first_process()
     ]
-    for (leaf, shard), copy in zip(mine, copies, strict=True):
+    for (leaf, shard), copy in zip(mine, copied, strict=True):
         chunk, box = chunks[leaf], box_of_index(shard.index, shapes[leaf])
         for at in chunks_of(box, chunk):
             starts = (i * n - start for i, n, (start, _) in zip(at, chunk, box, strict=True))
@@ -112,13 +118,18 @@ def start_writing(
     return finish
 
 
-def _copy_to_host(data: jax.Array) -> np.ndarray:
+def _copy_to_host(data: jax.Array, memory: np.ndarray | None) -> np.ndarray:
     values = np.asarray(data)
     (device,) = data.devices()
     # `asarray` does not copy memory of this machine. JAX keeps a donated array that NumPy sees, but
     # does not promise to.
     is_here = device.platform == "cpu" or data.sharding.memory_kind not in (None, "device")
-    return values.copy() if is_here else values
+    if not is_here:
+        return values
+    if memory is None or (memory.shape, memory.dtype) != (values.shape, values.dtype):
+        memory = np.empty(values.shape, values.dtype)
+    np.copyto(memory, values)
+    return memory
 
 
 def _write_file(path: Path, content: memoryview) -> SavedFile:

@@ -18,7 +18,7 @@ from ._gradients import LossArgs, TracedLoss
 from ._layout import StepLayout
 from ._objective import LossOutput, Objective, build_objective
 from ._unbound_axes import batch_axes
-from .rows import check_rows, derive_solves_alike
+from .rows import check_rows, derive_solves_alike, has_own_derivatives
 
 
 def check_split_rows(
@@ -67,6 +67,7 @@ def check_split_rows(
         frozen=frozen if bound.spec.stateful and not on_parts else None,
         # A pipeline averages what its last part returns.
         adds=not any(_staged_kinds(bound)),
+        own_derivatives=has_own_derivatives(traced.jaxpr),
     )
     return TracedLoss(traced.jaxpr, output, growth)
 

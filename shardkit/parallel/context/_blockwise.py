@@ -110,8 +110,8 @@ def attend_backward(
         i, j = pair
         block, rows = tiles.block(queries, keys, i, j), tiles.queries(cotangents, i)._asdict()
         dq, dk, dv = backward_block(*block, **rows, softcap=options.softcap)
-        sums = tiles.add_queries(grads[0], i, dq), tiles.add_keys(grads[1], j, dk)
-        return (*sums, tiles.add_keys(grads[2], j, dv)), None
+        sums = tiles.add_queries(grads[0], i, dq), tiles.add_keys(grads[1], j, dk.mT)
+        return (*sums, tiles.add_keys(grads[2], j, dv.mT)), None
 
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (queries.q, keys.k, keys.v))
     return jax.lax.scan(visit, (dq, dk, dv), pairs)[0]

@@ -2,7 +2,7 @@
 
 from ._check import check_rows
 from ._equation import RowCounts
-from ._follow import follow_rows
+from ._follow import follow_rows, has_own_derivatives
 from ._rules import is_elementwise
 from ._solves import derive_solves_alike
 from ._states import AlwaysZero, Cause, Columns, Constant, Mixed, PerRow, RowSum, State, describe
@@ -21,5 +21,6 @@ __all__ = [
     "derive_solves_alike",
     "describe",
     "follow_rows",
+    "has_own_derivatives",
     "is_elementwise",
 ]

@@ -54,6 +54,7 @@ def check_rows(
     frozen: Objective | None = None,
     whole: str = WHOLE,
     adds: bool = False,
+    own_derivatives: bool = True,
 ) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -63,6 +64,8 @@ def check_rows(
     derivative rule of the user's own may mix rows where the loss does not. They are those of a
     scaled total, whose scale grows as no loss does: a part's gradients are divided by all weight
     at the end, so a rule that is not linear in them, as clipping is, would give something else.
+    Without such rules they are not traced: a sum over rows for any parameters has a sum over rows
+    as its derivative.
 
     Args:
       objective: the loss, on whole arrays.
@@ -74,6 +77,8 @@ def check_rows(
       whole: how to have all rows together instead, for the error.
       adds: the step can add up parts of a sum over rows that is divided by no count of them.
       over_parts: axes over which the loss sums what the parts have.
+      own_derivatives: whether the loss has derivative rules of its own. It has them on any rows:
+        a program that is another one on other rows is refused.
       frozen: the loss in evaluation. Where rows decide the new model state, as statistics of a
         batch norm, the state declares that parts have statistics of their own; all else that
         the loss does with rows is read from `frozen`, which uses them as they are.
@@ -84,6 +89,8 @@ def check_rows(
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
     """
+    # What JAX derives of a sum inside `shard_map` depends on its checks of what varies.
+    partition = partition if own_derivatives or over_parts else None
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}

@@ -8,6 +8,7 @@ import jax
 from jax.extend import core
 
 from ..._core.equations import count_scan_operands, user_line
+from ..._core.tracing import equations
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
 from ._equation import Equation, RowCounts, same_operation
 from ._row_loops import without_turns
@@ -15,6 +16,8 @@ from ._rules import BY_ROW, RULES, first_mixed, join, unfollowed
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Beside those with a rule: what JAX derives from the operations inside of them.
+_DERIVED_BY_JAX = frozenset({"scan", "while", "cond", "jit", "pjit", "checkpoint", "remat2"})
 
 
 def follow_rows(
@@ -39,6 +42,17 @@ def follow_rows(
     if consts is None:
         return [_changed(few.jaxpr, many.jaxpr, rows)] * len(few.jaxpr.outvars)
     return _follow(few.jaxpr, many.jaxpr, [*consts, *inputs], rows)
+
+
+def has_own_derivatives(program: core.Jaxpr) -> bool:
+    """Whether anything but JAX's rules for single operations decides a derivative of a program.
+
+    >>> plain, own = (jax.make_jaxpr(f)(1.0).jaxpr for f in (jax.nn.silu, jax.nn.relu))
+    >>> has_own_derivatives(plain), has_own_derivatives(own)
+    (False, True)
+    """
+    names = {equation.primitive.name for equation in equations(program)}
+    return not names <= RULES.keys() | _DERIVED_BY_JAX
 
 
 def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
