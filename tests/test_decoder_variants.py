@@ -123,7 +123,7 @@ SPLIT_LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("name", some_quick(SPLIT_LENGTHS))
+@pytest.mark.parametrize("name", some_quick(SPLIT_LENGTHS, slow=["ring"]))
 def test_a_split_length_has_windows_and_soft_caps(name):
     strategy, mesh = SPLIT_LENGTHS[name]
     batch = make_batch(GEMMA, rows=2, length=16)

@@ -134,8 +134,7 @@ UNPADDED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", UNPADDED)
+@pytest.mark.parametrize("name", some_quick(UNPADDED, slow=["fsdp x expert x tensor"]))
 def test_rows_that_travel_unpadded_give_the_numbers_of_one_device(name, monkeypatch):
     monkeypatch.setattr(_expert, "PLATFORMS", ("cpu",))
     stand_in = mock.Mock(side_effect=exchanged)

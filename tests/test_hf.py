@@ -61,7 +61,11 @@ def test_golden_logits_need_every_field(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [_hf.ONE, _hf.EIGHT], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(_hf.ONE, marks=pytest.mark.exhaustive), _hf.EIGHT],
+    ids=["one", "eight"],
+)
 @pytest.mark.parametrize("family", _hf.FAMILIES)
 def test_logits_and_gradients_of_a_step_equal_torch(family, sizes, tmp_path):
     folder, want = _hf.ROOT / family, _hf.golden(family)

@@ -17,6 +17,12 @@ CASES = _parity.CASES
 # device in README's command: test_accumulate (data), test_zero (the split optimizer),
 # test_pipeline (a scalar loss), test_expert_parallel (a layer of experts).
 QUICK = ("shard_map fsdp", "ring fsdp sequence")
+# Each kind of parallelism once, most of them with others; the modes; bf16, several micro-batches.
+SLOW = (
+    *("data ×2 bf16", "shard_map data", "zero1 tensor", "zero2 fsdp", "hsdp", "fsdp kept"),
+    *("shard_map fsdp sequence ×2", "shard_map all bf16", "experts", "zero bubble fsdp"),
+    *("pipeline tensor all_to_all", "pipeline experts sequence"),
+)
 # Findings of layouts that are not right.
 WRONG = set(
     """activation_gather stored_contraction product_gather repeated_reduction optimizer_collective
@@ -25,7 +31,7 @@ WRONG = set(
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
-@pytest.mark.parametrize("name", some_quick(CASES, *QUICK))
+@pytest.mark.parametrize("name", some_quick(CASES, *QUICK, slow=SLOW))
 def test_a_row_equals_one_device_and_sends_what_the_table_says(name):
     case, report = CASES[name], _parity.parity_report(name)
     report.check()

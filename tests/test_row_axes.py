@@ -18,6 +18,7 @@ from shardkit.report.communication._minimum import Minimum
 from shardkit.report.findings._excess import _spare_blocks
 
 from ._programs import recorded
+from ._quick import some_quick
 
 VOCAB, EMBED, MLP = 32, 16, 24
 TOKENS = {"tokens": np.zeros((16, 8), np.int32)}
@@ -171,8 +172,7 @@ def share_explained(report):
 CONFIGS = "nano default fsdp fsdp_tensor context pipeline nano_moe llama2_7b llama3_8b".split()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", some_quick(CONFIGS, slow=set(CONFIGS) - {"nano", "fsdp"}))
 def test_what_shipped_configs_send_beyond_the_minima_is_explained(name):
     config = load_config(name)
     small = dict(embed_dim=64, mlp_dim=128, num_layers=2, num_heads=4, vocab=256, kv_heads=4)
@@ -198,8 +198,7 @@ STRANGERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["data", "fsdp"])
+@pytest.mark.parametrize("layout", some_quick(["data", "fsdp"], slow=["fsdp"]))
 @pytest.mark.parametrize("name", STRANGERS)
 def test_what_strangers_models_send_beyond_the_minima_is_explained(name, layout):
     module, function = STRANGERS[name]

@@ -11,6 +11,7 @@ import shardkit as sk
 from shardkit.run._config import parse_check
 from shardkit.step.self_check._gradient import Direction, GradientTest, Limits, choose_direction
 
+from ._quick import some_quick
 from ._self_checked import (
     BY_NAME,
     batch,
@@ -315,10 +316,11 @@ SEEN = {
     "updates not counted": ((), ()),
     "compiles again": ((), ()),
 }
+# Of each outcome some.
+NOTICED = ("gradient doubled", "psum dropped", "wrong spec", "mean of means", "half an evaluation")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", some_quick(BY_NAME, slow=NOTICED))
 def test_which_mutations_it_sees(name):
     found = []
     for loss, updates in ((mean_loss, 0), (dropout_loss, 1)):

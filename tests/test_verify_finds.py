@@ -237,7 +237,12 @@ def test_sam_is_verified(optimizer):
     ],
     ids=["lbfgs", "backtracking", "polyak", "plateau", "chained sam", "sophia"],
 )
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"mode": "shard_map"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "shard_map", "accumulate": 2}]
+    + [pytest.param(one, marks=pytest.mark.exhaustive) for one in ({}, {"accumulate": 2})],
+    ids=str,
+)
 def test_optimizers_that_ask_for_the_loss_are_verified(optimizer, options):
     strategy = sk.strategies.data()
     declared = spec(optimizer, strategy=strategy, **options)
