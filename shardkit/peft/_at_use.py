@@ -20,12 +20,13 @@ import jax
 from jax.extend import core
 
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program
-from .._core.errors import Problem, StepError, raise_all
 from .._core.tracing import record_fact
 from .._core.types import PyTree
-from ..nn._overridable import gather_stored, overridden
+from ..nn._deferred import OpenCall, leaving_open
+from ..nn._overridable import gather_stored
 from ..nn._remat import NEVER_SAVED
 from ._blocks import QuantizedLeaf
+from ._open_calls import PRODUCT, WeightForm, call_again
 
 _REMAT = ("checkpoint", "remat2")
 # A cast is the same operation on one layer as on all of them; what moves elements is not.
@@ -73,17 +74,9 @@ def call_with_codes(loss: Callable[..., PyTree], args: Sequence[Any], weights: P
       loss: of pytrees of arrays.
       args: its arguments; abstract ones will do for the first of them, the parameters.
       weights: the parameters, with `Codes` in place of each quantized one.
-
-    Raises:
-      StepError: a pipeline computes the layers.
     """
-    traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
-    if "layer_stack" in overridden(traced.jaxpr):
-        # Its derivative rule makes tables of ticks, which JAX has no place for the second time.
-        why = "has a derivative rule of the strategy's own, which cannot be traced a second time"
-        fix = "a strategy that does not divide the layers, or frozen weights in bfloat16"
-        headline = "Quantized weights do not go through a pipeline."
-        raise_all(StepError, headline, [Problem("sk.nn.layer_stack", why, fix)])
+    with leaving_open():
+        traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
     flat = [*jax.tree.leaves(weights, is_leaf=_is_codes), *jax.tree.leaves(args[1:])]
     return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(traced, flat))
 
@@ -103,6 +96,8 @@ def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence
         return [values[0].map(lambda x: bind(equation, [x])[0])]
     if (inner := inlined_program(equation)) is not None:
         return _evaluate(inner, values)
+    if name == "shardkit_open_call":
+        return _call_open(params["call"], values)
     if name in _REMAT:
         options = {option: params[option] for option in ("policy", "prevent_cse")}
         return jax.checkpoint(functools.partial(_evaluate, params["jaxpr"]), **options)(values)
@@ -127,6 +122,14 @@ def _scan(equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     carry, stacked = jax.lax.scan(body, start, layers, **options)
     return [*carry, *stacked]
+
+
+def _call_open(call: OpenCall, values: list[Any]) -> Sequence[Any]:
+    if call.name == PRODUCT:
+        return jax.checkpoint(lambda x, w: call.call(x, _dequantize(w)))(*values[-2:])
+    operands = [_dequantize(x) if _is_codes(x) and not x.has_layers else x for x in values]
+    form = WeightForm(_is_codes, functools.partial(jax.eval_shape, _dequantize))
+    return call_again(call, operands, form, lambda program, args, _: _evaluate(program, args))
 
 
 def _bind(equation: core.JaxprEqn, *values: Any) -> Sequence[Any]:
