@@ -66,10 +66,15 @@ class OpenCall:
         return jax.tree.leaves(call_open(self.name, self.function, self.like, *args, **kwargs))
 
     def run(self, *operands: Any) -> list[Any]:
-        """Makes the call within the trace that left it open."""
-        _, args, kwargs = self.split(operands)
-        with _open.use(None):
-            return self.call(*args, **kwargs)
+        """Makes the call as it was traced, of arrays."""
+        closed, args, kwargs = self.split(operands)
+        program, _ = trace(self.function, args, kwargs, open_calls=False)
+        return core.jaxpr_as_fun(substitute(program, closed))(*operands[len(closed) :])
+
+
+def substitute(program: core.ClosedJaxpr, closed: Mapping[int, Any]) -> core.ClosedJaxpr:
+    """A program with other arrays in place of those that it closes over, by their `id`."""
+    return core.ClosedJaxpr(program.jaxpr, [closed.get(id(x), x) for x in program.consts])
 
 
 _ARRAY = object()
@@ -157,7 +162,7 @@ open_call_p.def_abstract_eval(lambda *operands, call, avals: list(avals))
 
 # A derivative or a `vmap` of the user's own around the call: it is made there as it was traced.
 def _jvp(primals: Any, tangents: Any, *, call: OpenCall, avals: Any) -> Any:
-    return jax.jvp(call.run, primals, list(map(ad.instantiate_zeros, tangents)))
+    return jax.jvp(call.run, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 def _batch(operands: Any, dims: Any, *, call: OpenCall, avals: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.extend import core
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program
 from .._core.tracing import record_fact
 from .._core.types import PyTree
-from ..nn._deferred import OpenCall, leaving_open
+from ..nn._deferred import OpenCall, leaving_open, open_call_p
 from ..nn._overridable import gather_stored
 from ..nn._remat import NEVER_SAVED
 from ._blocks import QuantizedLeaf
@@ -88,6 +88,8 @@ def _evaluate(program: Any, args: Sequence[Any]) -> list[Any]:
 
 def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
+    if equation.primitive is open_call_p:
+        return _call_open(params["call"], values)
     if not any(map(_is_codes, values)):
         return _bind(equation, *values)
     if name in _MOVES and _is_codes(values[0]) and len(values) == 1:
@@ -96,8 +98,6 @@ def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence
         return [values[0].map(lambda x: bind(equation, [x])[0])]
     if (inner := inlined_program(equation)) is not None:
         return _evaluate(inner, values)
-    if name == "shardkit_open_call":
-        return _call_open(params["call"], values)
     if name in _REMAT:
         options = {option: params[option] for option in ("policy", "prevent_cse")}
         return jax.checkpoint(functools.partial(_evaluate, params["jaxpr"]), **options)(values)
@@ -126,7 +126,10 @@ def _scan(equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
 
 def _call_open(call: OpenCall, values: list[Any]) -> Sequence[Any]:
     if call.name == PRODUCT:
-        return jax.checkpoint(lambda x, w: call.call(x, _dequantize(w)))(*values[-2:])
+        x, w = values[-2:]
+        if not _is_codes(w):
+            return call.call(x, w)
+        return jax.checkpoint(lambda x, w: call.call(x, _dequantize(w)))(x, w)
     operands = [_dequantize(x) if _is_codes(x) and not x.has_layers else x for x in values]
     form = WeightForm(_is_codes, functools.partial(jax.eval_shape, _dequantize))
     return call_again(call, operands, form, lambda program, args, _: _evaluate(program, args))

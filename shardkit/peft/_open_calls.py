@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from ..nn._deferred import OpenCall, call_open, is_array, trace
+from ..nn._deferred import OpenCall, call_open, is_array, substitute, trace
 
 PRODUCT = "product"
 """Name of the call of a function that a part gives to the model's, such as `dot` of experts."""
@@ -65,11 +65,8 @@ def call_again(
             leaves, tree = jax.tree.flatten(own, is_leaf=is_leaf)
             plain = [plain_leaf(x) for x in leaves]
             program, shapes = trace(function, jax.tree.unflatten(tree, plain), {})
-            program = core.ClosedJaxpr(
-                program.jaxpr, [closed.get(id(x), x) for x in program.consts]
-            )
             values = [x for x, like in zip(leaves, plain, strict=True) if is_array(like)]
-            results = evaluate(program, values, given)
+            results = evaluate(substitute(program, closed), values, given)
             return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
         return run

@@ -19,7 +19,7 @@ from jax.extend import core
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program, user_line
 from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
-from ..nn._deferred import OpenCall, leaving_open
+from ..nn._deferred import OpenCall, leaving_open, open_call_p
 from ..nn._manual_axis_rules import on_shards
 from ..nn._overridable import is_overridden
 from ._factors import AdaptedLeaf
@@ -94,7 +94,8 @@ class Products:
         """Evaluates a program; with `deltas` a product is only what the adapter adds to it."""
 
         def compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Values:
-            if not any(map(_is_adapted, values)):
+            is_open = equation.primitive is open_call_p
+            if not is_open and not any(map(_is_adapted, values)):
                 return _bind(equation, values)
             own = None if key is None else jax.random.fold_in(key, index)
             return self._evaluate(equation, values, own, deltas)
@@ -122,7 +123,10 @@ class Products:
             return self._scan(equation, values, key)
         if name == "cond" and not deltas:
             return self._branch(equation, values, key)
-        if name == "shardkit_open_call" and not deltas:
+        if equation.primitive is open_call_p:
+            if deltas:
+                self._refuse(equation, adapted)
+                values = list(map(_plain, values))
             return self._call_open(equation, values, key)
         return self._refuse(equation, adapted) or _bind(equation, values)
 
@@ -176,7 +180,7 @@ class Products:
     def _call_open(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
         """A part that a strategy may compute in its own way, or a product in such a part."""
         call: OpenCall = equation.params["call"]
-        if call.name == PRODUCT and isinstance(values[-1], Tracked):
+        if call.name == PRODUCT:
             return self._multiply_rows(equation, values, key)
         self._refuse(equation, list(filter(_is_adapted, values[: len(call.closed)])))
         elsewhere = dataclasses.replace(self, elsewhere=is_overridden(call.name))
@@ -204,6 +208,9 @@ class Products:
         """A function that multiplies rows with the matrices w [experts, in, out] of their own."""
         x, weight = values[-2:]
         multiply_rows = equation.params["call"].call
+        if not isinstance(weight, Tracked) or _is_adapted(x):
+            self._refuse(equation, list(filter(_is_adapted, (x, weight))))
+            return multiply_rows(_plain(x), _plain(weight))
         base, seen = multiply_rows(x, weight.value), dict[int, str]()
         for labels, letter in zip(weight.dims, "sio", strict=True):
             seen |= dict.fromkeys(labels, letter)
