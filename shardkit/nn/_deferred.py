@@ -107,7 +107,7 @@ def call_open(
     results = open_call_p.bind(
         *closed,
         *filter(is_array, leaves),
-        call=OpenCall(name, function, like, tree, rest, closed),
+        call=OpenCall(name, function, like, tree=tree, rest=rest, closed=closed),
         avals=tuple(program.out_avals),
     )
     return jax.tree.unflatten(jax.tree.structure(shapes), results)

@@ -183,16 +183,16 @@ class Products:
         if call.name == PRODUCT:
             return self._multiply_rows(equation, values, key)
         self._refuse(equation, list(filter(_is_adapted, values[: len(call.closed)])))
-        elsewhere = dataclasses.replace(self, elsewhere=is_overridden(call.name))
+        own = dataclasses.replace(self, elsewhere=self.elsewhere or is_overridden(call.name))
 
         def evaluate(program: Any, values: list[Any], given: Key) -> list[Any]:
             sliced = [
                 self._take_layer(equation, x) if isinstance(x, Tracked) else x for x in values
             ]
-            if given is None or key is None:
-                return self._leave(equation, elsewhere.run(program, sliced, key))
-            own = jax.random.fold_in(given, _OF_LAYER)
-            return self._leave(equation, self.run(program, sliced, own))
+            own_key = key
+            if key is not None and given is not None:
+                own_key = jax.random.fold_in(given, _OF_LAYER)
+            return self._leave(equation, own.run(program, sliced, own_key))
 
         form = WeightForm(_is_adapted, _plain)
         return call_again(call, values, form, evaluate, key)
@@ -274,8 +274,8 @@ class Products:
     def _check_whole(self, weight: Tracked) -> None:
         """Devices with parts of a weight would drop other elements of its input than one does."""
         if self.elsewhere:
-            why = "has inputs that the strategy brings to its devices without a key of their own"
-            why += ", where others would be dropped than one device drops"
+            why = "has inputs that the strategy computes in parts of its own (a stage, an expert), "
+            why += "where other elements would be dropped than one device drops"
             problem = Problem(str(weight.of.leaf), why, "sk.lora(..., dropout=0), or leave it out")
             self.problems.append(problem)
         sizes = weight.of.leaf.shape

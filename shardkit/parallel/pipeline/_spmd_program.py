@@ -141,7 +141,7 @@ class PipelineProgram:
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
         total = loss.total if isinstance(loss, Mean) else loss
         if isinstance(total, SymbolicZero):
-            return jnp.zeros(total.shape, total.dtype)
+            return jnp.zeros(())
         parts = self.draws.gradient_shards * self.draws.micro_batches
         return total if isinstance(loss, Mean) else total / parts
 
