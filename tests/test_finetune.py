@@ -317,7 +317,6 @@ def test_the_frozen_weights_have_the_dtype_of_their_files(tmp_path):
         (["model.num_layers=2"], ConfigError, "model has no field 'num_layers'; it has weights,"),
         (["lora.rank=0"], ConfigError, "lora.rank=0  must be at least 1"),
         (["lora.targets=query,kye"], ConfigError, "has no weight 'kye'; known: query, key, "),
-        (["lora.targets=expert_up"], ConfigError, "its adapter is folded"),
         (["lora.fold=true", "lora.dropout=0.1"], ConfigError, "which a folded adapter does not"),
         (["lora.targets="], ConfigError, "lora.targets  are none"),
         (["lora.quantize=nf4", "lora.rank=none"], ConfigError, "there are no adapters to train"),
@@ -362,17 +361,6 @@ def test_learned_positions_take_one_text_a_row(tmp_path):
     assert "data.packing=true  starts texts in the middle of a row" in str(error.value)
     fixed = [*settings, "data.seq_len=32", "data.packing=false"]
     assert load_config("finetune_llama", fixed).step_spec().batch["segment_ids"].shape == (8, 32)
-
-
-def test_codes_in_a_pipeline_are_refused():
-    settings = [f"model.weights={_hf.ROOT / 'llama'}", "lora.quantize=nf4"]
-    settings += ["strategy=data|pipeline(micro_batches=2)"]
-    with pytest.raises(ConfigError) as error:
-        load_config("finetune_llama", settings).step_spec()
-    said = str(error.value)
-    assert "lora.quantize=nf4  does not go through a pipeline" in said
-    assert "divided over 'pipe'" in said
-    assert "Fix: --set lora.quantize=none with lora.fold=true" in said
 
 
 def test_a_decoder_without_a_target_says_so():

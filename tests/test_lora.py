@@ -389,6 +389,7 @@ def token_batch(seed):
     [
         ("fsdp | tensor", {"fsdp": 2, "tensor": 2}, {}),
         ("fsdp | tensor", {"fsdp": 2, "tensor": 2}, {"mode": "shard_map", "remat": "full"}),
+        ("pipeline", {"pipe": 2, "data": 2}, {}),
         ("pipeline", {"pipe": 2, "data": 2}, {"fold": True}),
     ],
 )

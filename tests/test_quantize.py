@@ -257,26 +257,3 @@ def test_a_checkpoint_brings_codes_back(tmp_path):
     codes = np.asarray(first.params["blocks"]["up"])
     again = sk.Trainer(step, lambda i: BATCH, tmp_path, dataclasses.replace(config, steps=3)).run()
     np.testing.assert_array_equal(again.params["blocks"]["up"], codes)
-
-
-def test_a_pipeline_of_codes_is_refused():
-    def loss(params, batch, key):
-        return sk.nn.layer_stack(
-            lambda outer, batch, key: batch["x"] * outer["scale"],
-            lambda w, x, batch, key: x + jnp.tanh(x @ w),
-            lambda outer, x, batch: jnp.mean(x**2),
-            {"scale": params["scale"]},
-            params["w"],
-            batch,
-            key,
-        )
-
-    def init(key):
-        w = jax.random.normal(key, (4, WIDTH, WIDTH))
-        return {"w": sk.WithAxes(w, ("layers", None, None)), "scale": jnp.ones(WIDTH)}
-
-    model = sk.quantize(init, loss, {"w": ("int8", 32)})
-    strategy = sk.strategies.pipeline(micro_batches=2) | sk.strategies.data()
-    strategy = dataclasses.replace(strategy, params=sk.first_match(strategy.params, sk.REPLICATED))
-    with pytest.raises(sk.errors.StepError, match="do not go through a pipeline"):
-        make_spec({}, model, strategy=strategy).compile(sk.MeshSpec(pipe=2, data=4).build())

@@ -67,14 +67,12 @@ def declare_run(
       **options: further fields of `StepSpec`: `mode`, `compiler_options`, ….
 
     Raises:
-      ConfigError: the decoder cannot see rows of such a length, or several texts in one; or
-        quantized weights are to go through a pipeline.
+      ConfigError: the decoder cannot see rows of such a length, or several texts in one.
       StepError: the decoder lacks a weight that is to be adapted.
     """
     _check_positions(model, data)
     declared: Any = decoder_model(model)
     if lora is not None and lora.rank is not None:
-        lora.check_strategy(strategy)
         adapted = lora.adapt(declared)
         declared = lora.quantize_base(adapted) or adapted
     return StepSpec(

@@ -11,7 +11,6 @@ from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
 from .._core.options import check_options
 from .._core.types import Key, Params, WithAxes, has_axes
 from ..adapters import Model
-from ..parallel import Strategy
 from ..peft import LoraModel, QuantizedModel, lora, quantize
 
 # What each dim of a weight is: `s` stacked, `i` inputs, `o` outputs.
@@ -33,9 +32,9 @@ class LoraConfig:
       alpha: x W becomes x W + alpha / rank · (x A) B; None for a factor of 1.
       dropout: probability that an element of x is dropped before A, in training.
       targets: weights of a block that are adapted: `query key value out gate up down`, `router`,
-        and with `fold` `expert_gate expert_up expert_down`.
-      fold: whether A B is added to the weight instead of followed to its products: needed for
-        experts and pipelines, more FLOPs, no dropout.
+        `expert_gate expert_up expert_down`.
+      fold: whether A B is added to the weight instead of followed to its products: more FLOPs, no
+        dropout.
       base_dtype: of the frozen weights on the devices; None for that of the weights' files, or
         float32 without them.
       quantize: the blocks' frozen matrices become codes of 8 or 4 bits, which stand for weights of
@@ -82,9 +81,6 @@ class LoraConfig:
                 why = f"has no weight {name!r}; known: {', '.join(_DIMS)}."
                 why += did_you_mean(name, _DIMS)
                 problems.append(_problem(f"targets={name}", why, "targets=query,value"))
-            elif name.startswith("expert_") and not self.fold:
-                why = "multiplies the tokens of each expert apart, so its adapter is folded"
-                problems.append(_problem(f"targets={name}", why, "fold=true"))
         if not self.targets:
             problems.append(_problem("targets", "are none", "targets=query,value"))
         raise_all(ConfigError, headline, problems)
@@ -113,19 +109,6 @@ class LoraConfig:
         names = [name for name in _DIMS if name in layers and name != _ROUTER]
         kinds = {f"layers/{name}": (self.quantize, self.block) for name in names}
         return quantize(adapted.init, adapted.loss_fn, kinds)
-
-    def check_strategy(self, strategy: Strategy) -> None:
-        """Refuses codes in a pipeline.
-
-        Raises:
-          ConfigError: the strategy divides the layers.
-        """
-        axes = [kind.axis for kind in strategy.kinds if "layers" in kind.splits]
-        if self.quantize and axes:
-            why = f"does not go through a pipeline, and the layers are divided over {axes[0]!r}"
-            fix = "quantize=none with lora.fold=true, or a strategy that does not divide the layers"
-            headline = "The adapters do not fit the strategy."
-            raise_all(ConfigError, headline, [_problem(f"quantize={self.quantize}", why, fix)])
 
 
 def _problem(subject: str, why: str, fix: str) -> Problem:

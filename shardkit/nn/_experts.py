@@ -73,7 +73,7 @@ def experts(
     [[10.0, 200.0, 0.0]]
     """
     _check(tokens, choices, shares, weights, capacity)
-    compute = overridable("experts", _experts)
+    compute = overridable("experts", _experts, takes_weights=True)
     return compute(tokens, choices, shares, weights, mlp, capacity=capacity)
 
 

@@ -57,7 +57,9 @@ def layer_stack(
     0.759...
     """
     arrays = {"outer_params": outer_params, "layers": layers, "batch": batch, "key": key}
-    return overridable("layer_stack", _run_layer_stack)(first, layer, last, **arrays)
+    return overridable("layer_stack", _run_layer_stack, takes_weights=True)(
+        first, layer, last, **arrays
+    )
 
 
 def split_layer_keys(key: Key | None, layers: int) -> tuple[Key | None, Key | None]:

@@ -22,6 +22,7 @@ from .._core.errors import Problem
 from .._core.tracing import TraceContext, record_fact, recorded_facts
 from .._core.types import Accumulate
 from ..rules import axes_of, spec_from_axes
+from ._deferred import call_open
 from ._manual_axis_rules import Dims
 
 _P = ParamSpec("_P")
@@ -161,12 +162,16 @@ def overridden(jaxpr: core.Jaxpr) -> set[str]:
     return {str(name) for (name,) in recorded_facts(jaxpr, _REACHED)}
 
 
-def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:
+def overridable(
+    name: str, reference: Callable[_P, _R], *, takes_weights: bool = False
+) -> Callable[_P, _R]:
     """Marks a part of a model that a strategy may compute in its own way.
 
     Args:
       name: of the part, such as `"attention"`; overrides are declared by it.
       reference: the function of arrays, as one device computes it.
+      takes_weights: whether weights and functions of them are among its arguments: then adapters
+        and quantized weights take the place of the weights in this call (see `_deferred`).
 
     Returns:
       A function with the signature and the results of `reference`.
@@ -178,14 +183,22 @@ def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(reference)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         active = _active.value
-        override = None
-        if active is not None and not active.disabled:
-            override = dict(active.overrides).get(name)
-        if active is None or override is None:
+        if active is None or not is_overridden(name):
             return reference(*args, **kwargs)
+        override = dict(active.overrides)[name]
         return record_fact(override(active.step, reference, *args, **kwargs), _REACHED, name)
 
-    return call
+    def without_override(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with without_overrides():  # shapes do not depend on them
+            return reference(*args, **kwargs)
+
+    return functools.partial(call_open, name, call, without_override) if takes_weights else call
+
+
+def is_overridden(name: str) -> bool:
+    """Whether the strategy of the step being traced computes a part in its own way."""
+    active = _active.value
+    return active is not None and not active.disabled and name in dict(active.overrides)
 
 
 def gather_stored(path: str, x: jax.Array) -> jax.Array:

@@ -20,12 +20,13 @@ import jax
 from jax.extend import core
 
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program
-from .._core.errors import Problem, StepError, raise_all
 from .._core.tracing import record_fact
 from .._core.types import PyTree
-from ..nn._overridable import gather_stored, overridden
+from ..nn._deferred import OpenCall, leaving_open, open_call_p
+from ..nn._overridable import gather_stored
 from ..nn._remat import NEVER_SAVED
 from ._blocks import QuantizedLeaf
+from ._open_calls import PRODUCT, WeightForm, call_again
 
 _REMAT = ("checkpoint", "remat2")
 # A cast is the same operation on one layer as on all of them; what moves elements is not.
@@ -73,17 +74,9 @@ def call_with_codes(loss: Callable[..., PyTree], args: Sequence[Any], weights: P
       loss: of pytrees of arrays.
       args: its arguments; abstract ones will do for the first of them, the parameters.
       weights: the parameters, with `Codes` in place of each quantized one.
-
-    Raises:
-      StepError: a pipeline computes the layers.
     """
-    traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
-    if "layer_stack" in overridden(traced.jaxpr):
-        # Its derivative rule makes tables of ticks, which JAX has no place for the second time.
-        why = "has a derivative rule of the strategy's own, which cannot be traced a second time"
-        fix = "a strategy that does not divide the layers, or frozen weights in bfloat16"
-        headline = "Quantized weights do not go through a pipeline."
-        raise_all(StepError, headline, [Problem("sk.nn.layer_stack", why, fix)])
+    with leaving_open():
+        traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
     flat = [*jax.tree.leaves(weights, is_leaf=_is_codes), *jax.tree.leaves(args[1:])]
     return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(traced, flat))
 
@@ -95,6 +88,8 @@ def _evaluate(program: Any, args: Sequence[Any]) -> list[Any]:
 
 def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
+    if equation.primitive is open_call_p:
+        return _call_open(params["call"], values)
     if not any(map(_is_codes, values)):
         return _bind(equation, *values)
     if name in _MOVES and _is_codes(values[0]) and len(values) == 1:
@@ -127,6 +122,17 @@ def _scan(equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     carry, stacked = jax.lax.scan(body, start, layers, **options)
     return [*carry, *stacked]
+
+
+def _call_open(call: OpenCall, values: list[Any]) -> Sequence[Any]:
+    if call.name == PRODUCT:
+        x, w = values[-2:]
+        if not _is_codes(w):
+            return call.call(x, w)
+        return jax.checkpoint(lambda x, w: call.call(x, _dequantize(w)))(x, w)
+    operands = [_dequantize(x) if _is_codes(x) and not x.has_layers else x for x in values]
+    form = WeightForm(_is_codes, functools.partial(jax.eval_shape, _dequantize))
+    return call_again(call, operands, form, lambda program, args, _: _evaluate(program, args))
 
 
 def _bind(equation: core.JaxprEqn, *values: Any) -> Sequence[Any]:

@@ -19,14 +19,19 @@ from jax.extend import core
 from .._core.equations import bind, count_scan_operands, evaluate, inlined_program, user_line
 from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
+from ..nn._deferred import OpenCall, leaving_open, open_call_p
 from ..nn._manual_axis_rules import on_shards
+from ..nn._overridable import is_overridden
 from ._factors import AdaptedLeaf
 from ._low_rank import multiply
+from ._open_calls import PRODUCT, WeightForm, call_again
 from ._tracked import MOVES, Tracked
 
 Values = Sequence[Any]
 Key = jax.Array | None
 
+# Folded into the key of a layer, so that the model's own draws stay what they were.
+_OF_LAYER = 0x10AC
 _REMAT = ("checkpoint", "remat2")
 _DERIVED = ("custom_jvp_call", "custom_vjp_call")
 _FOLD = "leave it out of sk.lora, or sk.lora(..., fold=True), which adds A B before the loss"
@@ -50,11 +55,13 @@ class Products:
 
     Attributes:
       dropout: probability that an element of an adapter's input is dropped.
+      elsewhere: whether a strategy decides which rows are multiplied, in which order.
       dims: `{path: what the dims of the weight are in its products}`, filled while it runs.
       problems: what cannot be followed, filled while it runs.
     """
 
     dropout: float = 0.0
+    elsewhere: bool = False
     dims: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
@@ -70,7 +77,8 @@ class Products:
         Raises:
           StepError: with every weight that cannot be followed to its products, or has none.
         """
-        traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
+        with leaving_open():
+            traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
         flat = [*jax.tree.leaves(weights, is_leaf=_is_adapted), *jax.tree.leaves(args[1:])]
         results = [_plain(x) for x in self.run(traced, flat, key)]
         reached = {*self.dims, *(problem.subject for problem in self.problems)}
@@ -86,7 +94,8 @@ class Products:
         """Evaluates a program; with `deltas` a product is only what the adapter adds to it."""
 
         def compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Values:
-            if not any(map(_is_adapted, values)):
+            is_open = equation.primitive is open_call_p
+            if not is_open and not any(map(_is_adapted, values)):
                 return _bind(equation, values)
             own = None if key is None else jax.random.fold_in(key, index)
             return self._evaluate(equation, values, own, deltas)
@@ -114,6 +123,11 @@ class Products:
             return self._scan(equation, values, key)
         if name == "cond" and not deltas:
             return self._branch(equation, values, key)
+        if equation.primitive is open_call_p:
+            if deltas:
+                self._refuse(equation, adapted)
+                values = list(map(_plain, values))
+            return self._call_open(equation, values, key)
         return self._refuse(equation, adapted) or _bind(equation, values)
 
     def _move(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
@@ -163,6 +177,53 @@ class Products:
         branches = [functools.partial(run, branch) for branch in equation.params["branches"]]
         return jax.lax.switch(values[0], branches, values[1:], key)
 
+    def _call_open(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
+        """A part that a strategy may compute in its own way, or a product in such a part."""
+        call: OpenCall = equation.params["call"]
+        if call.name == PRODUCT:
+            return self._multiply_rows(equation, values, key)
+        self._refuse(equation, list(filter(_is_adapted, values[: len(call.closed)])))
+        own = dataclasses.replace(self, elsewhere=self.elsewhere or is_overridden(call.name))
+
+        def evaluate(program: Any, values: list[Any], given: Key) -> list[Any]:
+            sliced = [
+                self._take_layer(equation, x) if isinstance(x, Tracked) else x for x in values
+            ]
+            own_key = key
+            if key is not None and given is not None:
+                own_key = jax.random.fold_in(given, _OF_LAYER)
+            return self._leave(equation, own.run(program, sliced, own_key))
+
+        form = WeightForm(_is_adapted, _plain)
+        return call_again(call, values, form, evaluate, key)
+
+    def _take_layer(self, equation: core.JaxprEqn, weight: Tracked) -> Tracked:
+        """A weight as a function of an open call gets it: of all layers, or of one."""
+        if weight.value.ndim == len(weight.dims):
+            return weight
+        self._check_dims(equation, weight, dict.fromkeys(weight.dims[0], "s"))
+        return _drop_dim(weight)
+
+    def _multiply_rows(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
+        """A function that multiplies rows with the matrices w [experts, in, out] of their own."""
+        x, weight = values[-2:]
+        multiply_rows = equation.params["call"].call
+        if not isinstance(weight, Tracked) or _is_adapted(x):
+            self._refuse(equation, list(filter(_is_adapted, (x, weight))))
+            return multiply_rows(_plain(x), _plain(weight))
+        base, seen = multiply_rows(x, weight.value), dict[int, str]()
+        for labels, letter in zip(weight.dims, "sio", strict=True):
+            seen |= dict.fromkeys(labels, letter)
+        rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
+        if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
+            return base
+        x = self._drop(weight, x, key)
+        dtype = weight.value.dtype
+        low = multiply_rows(x, weight.a.astype(dtype).squeeze(2))[0]
+        b = weight.b.astype(dtype).squeeze(1).swapaxes(1, 2)
+        delta = multiply_rows(low * weight.of.scale, b)[0]
+        return [base[0] + delta.astype(base[0].dtype)]
+
     def _multiply(
         self, equation: core.JaxprEqn, values: list[Any], key: Key, deltas: bool
     ) -> Values:
@@ -178,13 +239,7 @@ class Products:
         rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
         if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
             return base or _bind(equation, values)
-        if not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
-            x = x.astype(weight.value.dtype)  # x A has fractions
-        if key is not None:
-            self._check_whole(weight)
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jax.numpy.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        delta = multiply(weight, x, side, equation.params)
+        delta = multiply(weight, self._drop(weight, x, key), side, equation.params)
         return [base[0] + delta.astype(base[0].dtype)] if base else [Delta(delta, weight.of)]
 
     def _check_dims(self, equation: core.JaxprEqn, weight: Tracked, seen: dict[int, str]) -> bool:
@@ -206,8 +261,23 @@ class Products:
             self.problems.append(Problem(str(of.leaf), why, fix))
         return fits
 
+    def _drop(self, weight: Tracked, x: jax.Array, key: Key) -> jax.Array:
+        """The input of an adapter, of floats; with a key some of its elements are dropped."""
+        if not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+            x = x.astype(weight.value.dtype)  # x A has fractions
+        if key is None:
+            return x
+        self._check_whole(weight)
+        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jax.numpy.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+
     def _check_whole(self, weight: Tracked) -> None:
         """Devices with parts of a weight would drop other elements of its input than one does."""
+        if self.elsewhere:
+            why = "has inputs that the strategy computes in parts of its own (a stage, an expert), "
+            why += "where other elements would be dropped than one device drops"
+            problem = Problem(str(weight.of.leaf), why, "sk.lora(..., dropout=0), or leave it out")
+            self.problems.append(problem)
         sizes = weight.of.leaf.shape
         whole = [math.prod(sizes[label] for label in labels) for labels in weight.dims]
         if on_shards() and whole != list(weight.value.shape):

@@ -158,6 +158,8 @@ _Passed = Iterator[tuple[Any, Any, Iterable[tuple[int, int]]]]
 def _passed_on(eqn: core.JaxprEqn) -> _Passed:
     """Pairs of variables of an operation, with the dims of theirs that are the same."""
     name, params = eqn.primitive.name, eqn.params
+    if not eqn.outvars:  # all of its results were dropped
+        return
     ins, out = cast(Sequence[Any], eqn.invars), cast(Any, eqn.outvars[0])
     if name == "dot_general":
         yield from _product(eqn)

@@ -34,9 +34,9 @@ class StageState:
 
     Attributes:
       slots: `[slots + 1, ...]` for each array of a message.
-      layer_grads: gradients of its layers, [chunks, depth, ...], f32 at least; None in an
-        evaluation.
-      outer_grads: gradients of the parameters outside the layers; None in an evaluation.
+      layer_grads: gradients of its layers, [chunks, depth, ...], f32 at least; None for an array
+        that is not trained, and in an evaluation.
+      outer_grads: the same of the parameters outside the layers.
       outputs: what `last` returned, summed, each scalar as a `Mean`.
     """
 
@@ -55,6 +55,7 @@ class StageExecutor:
       first: the function before the layers.
       layer: one layer.
       last: the function after them.
+      trained: for each array of `outer_params` and of `weights` whether it has a gradient.
       outer_params: parameters of `first` and `last`.
       weights: `[chunks, depth, ...]`, parameters of this stage's layers.
       is_layer: bool[chunks, depth], false for padding; None where there is none.
@@ -68,6 +69,7 @@ class StageExecutor:
     first: First
     layer: Layer
     last: Last
+    trained: tuple[PyTree, PyTree]
     outer_params: Params
     weights: Params
     is_layer: jax.Array | None
@@ -112,8 +114,8 @@ class StageExecutor:
 
         start = StageState(
             slots=empty_slots(message, program.slots + 1),
-            layer_grads=_zeros_f32(self.weights) if train else None,
-            outer_grads=_zeros_f32(self.outer_params) if train else None,
+            layer_grads=_zeros_f32(select(self.weights, self.trained[1])) if train else None,
+            outer_grads=_zeros_f32(self._trained_outer) if train else None,
             outputs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs),
         )
         rows = columns | {"exchange": jnp.asarray(program.exchange)}
@@ -161,7 +163,7 @@ class StageExecutor:
     def _backward(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
         x = _read_slot(state.slots, row["input"])
         with self._recomputed(Branch.BACKWARD):
-            y, pull = jax.vjp(self._part(row), self._weights(row), x)
+            y, pull = jax.vjp(self._part_of_trained(row), self._trained_weights(row), x)
         g, state = self._output_gradient(Branch.BACKWARD, state, row, y)
         g_weights, g_x = pull(g)
         state = self._add_layer_gradient(state, row, g_weights)
@@ -179,9 +181,9 @@ class StageExecutor:
 
     def _weight_half(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
         x, g = (_read_slot(state.slots, row[name]) for name in ("input", "grad"))
-        part = self._part(row)
+        part = self._part_of_trained(row)
         with recomputed():
-            _, pull = jax.vjp(lambda weights: part(weights, x), self._weights(row))
+            _, pull = jax.vjp(lambda weights: part(weights, x), self._trained_weights(row))
         return zero_message(x), self._add_layer_gradient(state, row, *pull(g))
 
     def _output_gradient(
@@ -191,11 +193,11 @@ class StageExecutor:
         rows = self._micro_batch(row)
 
         def of_loss() -> tuple[Any, Any, Any]:
-            def total(outer_params: Any, y: Any) -> tuple[jax.Array, Any]:
-                outputs = last_outputs(self.last, outer_params, y, rows)
+            def total(trained: Any, y: Any) -> tuple[jax.Array, Any]:
+                outputs = last_outputs(self.last, _fill(trained, self.outer_params), y, rows)
                 return outputs[0].total, outputs
 
-            (g_outer, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self.outer_params, y)
+            (g_outer, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self._trained_outer, y)
             return g, _add(state.outer_grads, g_outer), _add(state.outputs, outputs)
 
         g, outer_grads, outputs = self._cond(
@@ -215,7 +217,10 @@ class StageExecutor:
 
         def first_gradient() -> Any:
             with recomputed():
-                _, pull = jax.vjp(lambda p: self.first(p, rows, key), self.outer_params)
+                _, pull = jax.vjp(
+                    lambda p: self.first(_fill(p, self.outer_params), rows, key),
+                    self._trained_outer,
+                )
             return _add(state.outer_grads, *pull(g_x))
 
         outer_grads = self._cond("first", within, row, first_gradient, lambda: state.outer_grads)
@@ -255,8 +260,20 @@ class StageExecutor:
         is_layer = self.is_layer[row["chunk"]]
         return lambda weights, x: scan_layers(layer, x, (weights, is_layer), rows, keys)
 
+    def _part_of_trained(self, row: TickRow) -> Callable[[Any, Any], Any]:
+        """The same of the trained weights alone."""
+        part, weights = self._part(row), self._weights(row)
+        return lambda trained, x: part(_fill(trained, weights), x)
+
     def _weights(self, row: TickRow) -> Any:
         return _read_slot(self.weights, row["chunk"])
+
+    def _trained_weights(self, row: TickRow) -> Any:
+        return select(self._weights(row), self.trained[1])
+
+    @property
+    def _trained_outer(self) -> Any:
+        return select(self.outer_params, self.trained[0])
 
     def _micro_batch(self, row: TickRow) -> Any:
         def take(x: jax.Array) -> jax.Array:
@@ -271,6 +288,18 @@ class StageExecutor:
             received = jax.tree.map(lambda x, by=pairs: jax.lax.ppermute(x, self.axis, by), message)
             slots = _write_slot(slots, received, row[f"arrival{channel}"])
         return slots
+
+
+def select(params: PyTree, trained: PyTree) -> Any:
+    """The arrays that are trained, None in place of the others."""
+    return jax.tree.map(lambda x, has_gradient: x if has_gradient else None, params, trained)
+
+
+def _fill(trained: PyTree, params: PyTree) -> Any:
+    """All parameters again, after `select`."""
+    return jax.tree.map(
+        lambda x, own: own if x is None else x, trained, params, is_leaf=lambda x: x is None
+    )
 
 
 def last_outputs(last: Last, outer_params: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:

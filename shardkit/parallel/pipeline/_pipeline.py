@@ -239,13 +239,15 @@ class PipelinedLayers(Override):
             return program.evaluate(self._schedule(layout, forward_only), *args)
 
         def forward(*args: Any) -> tuple[Any, Any]:
-            return program.train(self._schedule(layout, tick_table), *args)
+            trained = jax.tree.map(lambda x: x.perturbed, args[:2])
+            values = jax.tree.map(lambda x: x.value, args)
+            return program.train(self._schedule(layout, tick_table), trained, *values)
 
         def backward(grads: Any, cotangent: Any) -> Any:
             scale = program.scale(cotangent)
             return *jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
 
-        run.defvjp(forward, backward)
+        run.defvjp(forward, backward, symbolic_zeros=True)
         return run(outer_params, layers, batch, program.words)
 
     def tick_table(self, sizes: Mapping[str, int]) -> tuple[str, Ticks] | None:

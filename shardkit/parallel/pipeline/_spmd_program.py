@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from ..._core.draws import match_draws
@@ -24,7 +25,7 @@ from ..._core.types import Batch, Key, Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
 from ._closures import closure_problems
-from ._executor import StageExecutor, last_outputs
+from ._executor import StageExecutor, last_outputs, select
 from ._schedule import PipelineSchedule
 from ._stage_layout import StageLayout
 from ._tick_program import tick_program
@@ -121,18 +122,28 @@ class PipelineProgram:
         Returns:
           What `last` does.
         """
-        return self._format(self._run(table, *args))
+        return self._format(self._run(table, (None, None), *args))
 
-    def train(self, table: PipelineSchedule, *args: Any) -> tuple[Any, Any]:
-        """Runs a training table on the same; returns the gradients of both parameters as well."""
-        sums, *grads = self._run(table, *args)
+    def train(self, table: PipelineSchedule, trained: Any, *args: Any) -> tuple[Any, Any]:
+        """Runs a training table on the same; returns gradients of both parameters as well.
+
+        Args:
+          table: of the schedule.
+          trained: for each array of `(outer_params, layers)` whether it has a gradient; of others
+            it is None.
+          *args: as for `evaluate`.
+        """
+        sums, *grads = self._run(table, trained, *args)
         return self._format(sums), tuple(grads)
 
     def scale(self, cotangent: Any) -> jax.Array:
         """The factor of the gradients of the summed loss, from the cotangent of the result."""
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
+        total = loss.total if isinstance(loss, Mean) else loss
+        if isinstance(total, SymbolicZero):
+            return jnp.zeros(())
         parts = self.draws.gradient_shards * self.draws.micro_batches
-        return loss.total if isinstance(loss, Mean) else loss / parts
+        return total if isinstance(loss, Mean) else total / parts
 
     def _format(self, sums: tuple[Mean, dict[str, Mean]]) -> Any:
         """Sums in the form that `last` returns: a scalar is the mean over equal-sized parts."""
@@ -149,12 +160,13 @@ class PipelineProgram:
     def _run(
         self,
         table: PipelineSchedule,
+        trained: tuple[PyTree, PyTree],
         outer_params: Params,
         layers: Params,
         batch: Batch,
         words: Any,
     ) -> Any:
-        """The sums over all parts; with the gradients of all parameters if the table trains."""
+        """The sums over all parts; with gradients if the table trains."""
         axis, rows = self.stage_layout.axis, manual_row_axes(self.around)
         unsplit, by_rows = PartitionSpec(), PartitionSpec(rows or None)
         # Each device's result gets a leading dim, over which it is then summed. Gradients of layers
@@ -164,7 +176,7 @@ class PipelineProgram:
         if self.stage_layout.is_stored_split:
             stored, layer_grads = PartitionSpec(axis), PartitionSpec(rows or None, axis)
         run = jax.shard_map(
-            functools.partial(self._run_on_device, table),
+            functools.partial(self._run_on_device, table, trained),
             mesh=self.around.mesh,
             axis_names={axis, *rows},
             in_specs=(
@@ -183,6 +195,7 @@ class PipelineProgram:
     def _run_on_device(
         self,
         table: PipelineSchedule,
+        trained: tuple[PyTree, PyTree],
         outer_params: Params,
         layers: Params,
         batch: Batch,
@@ -208,6 +221,7 @@ class PipelineProgram:
             first=self.call.first,
             layer=self.call.layer,
             last=self.call.last,
+            trained=trained,
             outer_params=outer_params,
             weights=layout.gather_stage_layers(layers, stage),
             is_layer=None if layout.is_even else numbers < layout.layers,
@@ -219,9 +233,13 @@ class PipelineProgram:
         state = executor.run(stage, self.message, self.outputs, table.trains)
         if not table.trains:
             return _add_leading_dim(state.outputs)
-        g_layers = layout.scatter_stage_grads(_cast_like(state.layer_grads, layers), stage)
+        g_outer, g_layers = jax.tree.map(
+            lambda g, x: g.astype(x.dtype),
+            (state.outer_grads, state.layer_grads),
+            select((outer_params, layers), trained),
+        )
         return _add_leading_dim(
-            (state.outputs, _cast_like(state.outer_grads, outer_params), g_layers)
+            (state.outputs, g_outer, layout.scatter_stage_grads(g_layers, stage))
         )
 
 
@@ -279,10 +297,6 @@ def _check_range(call: LayerStackCall, layers: Any, message: Any, rows: Any, key
         why = "computes in float16, which sums of gradients over the rows of a stage may overflow"
         fix = 'bfloat16: precision="bfloat16", or x.astype(jnp.bfloat16) in the model'
         raise_all(StepError, "The pipeline would lose gradients.", [Problem("loss_fn", why, fix)])
-
-
-def _cast_like(grads: Any, like: Any) -> Any:
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like)
 
 
 def _add_leading_dim(tree: Any) -> Any:
