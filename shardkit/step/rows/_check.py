@@ -12,13 +12,14 @@ from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
+from ..._core.tracing import record_fact
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Key, Params, PyTree, Scalar
+from ..._core.types import Batch, Key, Mean, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._equation import RowCounts
 from ._follow import follow_rows
-from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE
+from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE, STAGED
 from ._states import (
     AlwaysZero,
     Cause,
@@ -54,6 +55,7 @@ def check_rows(
     frozen: Objective | None = None,
     whole: str = WHOLE,
     adds: bool = False,
+    staged: bool = False,
 ) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -73,6 +75,7 @@ def check_rows(
       part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
       adds: the step can add up parts of a sum over rows that is divided by no count of them.
+      staged: a pipeline averages over parts what the last part of `sk.nn.layer_stack` returns.
       over_parts: axes over which the loss sums what the parts have.
       frozen: the loss in evaluation. Where rows decide the new model state, as statistics of a
         batch norm, the state declares that parts have statistics of their own; all else that
@@ -88,10 +91,12 @@ def check_rows(
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
     split = count, _compared(count, part), splits
-    followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
+    with _row_by_row(staged):
+        followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
-        followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
+        with _row_by_row(staged):
+            followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
     problems = _problems(followed, splits, whole, growth)
@@ -146,19 +151,18 @@ def _follow(
     """
     params, model_state, batch, key = args
     count, sizes, splits = split
-    with _row_by_row():
-        traces = []
-        # The declared rows first: what fails on these is no matter of parts, and raised as it is.
-        for rows in sorted(sizes, key=lambda rows: rows != count):
-            parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
-            resized = resize_rows(batch, dims, rows, count)
-            sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
-            try:
-                traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
-            except Exception as error:  # a user's code
-                if rows == count:
-                    raise
-                raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
+    traces = []
+    # The declared rows first: what fails on these is no matter of parts, and raised as it is.
+    for rows in sorted(sizes, key=lambda rows: rows != count):
+        parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
+        resized = resize_rows(batch, dims, rows, count)
+        sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
+        try:
+            traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
+        except Exception as error:  # a user's code
+            if rows == count:
+                raise
+            raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
     (_, (few, output)), (_, (many, _)) = sorted(traces, key=lambda trace: trace[0])
     inputs: list[State] = [
         Constant(SCALE_DEGREE),
@@ -210,7 +214,9 @@ def _problems(
         problem = _mean_problem(f"metrics[{name!r}]", metric, splits, whole)
         if problem and name not in growth:
             yield problem
-    wanted = _degree(output.loss.total)
+    total, weight = output.loss.total, output.loss.weight
+    # A rule of the user's own may give a gradient to what is zero.
+    wanted = _degree(weight if isinstance(total, AlwaysZero) else total)
     for path, state in leaves_by_path(jax.tree.map(_unscaled, grads), "gradient").items():
         if isinstance(state, Mixed):
             yield _mixed_problem(path, state.cause, splits, whole)
@@ -308,14 +314,27 @@ def _degree(state: State) -> Degree | str:
     return "none"
 
 
-def _row_by_row() -> Any:
+def _row_by_row(staged: bool) -> Any:
     """Makes dropless experts keep rows apart while a loss is traced to be followed.
 
     They sort the tokens of all rows together, which cannot be followed; each expert having room for
-    all tokens of a row computes the same.
+    all tokens of a row computes the same. Of stages, what the last one returns is marked.
     """
     context = StepContext(_mesh_of({"rows": 2}), (), lambda names: PartitionSpec())
-    return use_overrides({"experts": _RoomForAll("rows")}, context)
+    marked = {"layer_stack": _MarkedResults("rows")} if staged else {}
+    return use_overrides({"experts": _RoomForAll("rows"), **marked}, context)
+
+
+class _MarkedResults(Override):
+    """Says of each number that a layer stack returns how it must grow with the rows."""
+
+    def __call__(
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def mark(value: Any) -> Any:
+            return record_fact(value, STAGED, 1 if isinstance(value, Mean) else 0)
+
+        return jax.tree.map(mark, plain(*args, **kwargs), is_leaf=lambda x: isinstance(x, Mean))
 
 
 class _RoomForAll(Override):
