@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 from jax.extend import core
 
 import shardkit as sk
@@ -348,6 +349,15 @@ def at(index):
     return lambda p, x, k: jnp.mean(x[index(jnp.arange(len(x)), x)] @ p["w"])
 
 
+def doubled(x):
+    """A kernel, as attention that is written by hand."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    return pl.pallas_call(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+
 def of_slots(turn):
     """The mean of rows that a loop by number leaves behind."""
     return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
@@ -365,6 +375,7 @@ OTHERS = {
         "cumsum",
     ),
     "whole part": (lambda p, x, k: jax.lax.div(jnp.sum(jnp.int32(x > 0)), 3), (X,), "div"),
+    "kernel": (lambda p, x, k: jnp.mean(doubled(mlp(p, x))), (X,), "pallas_call"),
     "edges of ones": (
         marked(lambda zeros: jnp.convolve(zeros[:, 0] + 1, jnp.ones(3), "same")[:, None]),
         (X,),

@@ -116,6 +116,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
     for name in _INNER:
         if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
+            if len(few[0].outvars) != len(equation.few.outvars):
+                continue  # a kernel, which writes to references
             results = _follow_pair(few, many, states, equation.rows)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
