@@ -744,7 +744,13 @@ def soft(p, x):
     return jax.nn.sigmoid(x[:, 0] * p["w"][0, 0])
 
 
+def squeezed(p, x, k):
+    """Each row by itself, where a dim of one row does not go with the others."""
+    return jnp.mean(jax.vmap(lambda row: jnp.sum(row**2))(jnp.squeeze(x[:, None] @ p["w"])))
+
+
 REFUSED = {
+    "a part of one row": (squeezed, "squeezes the rows away where there is one"),
     "gradient of zero": (lambda p, x, k: of_nothing(mlp(p, x)), "unlike the loss"),
     "place of a device": (
         lambda p, x, k: jnp.mean(mlp(p, x)) * (1 + jax.lax.axis_index("batch")),
@@ -765,7 +771,7 @@ def test_what_parts_or_means_would_change_in_silence_is_refused(name):
             loss,
             optax.sgd(0.1),
             init=lambda key: W,
-            batch=X,
+            batch=jax.ShapeDtypeStruct((2, 4), jnp.float32),
             mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
             strategy=sk.strategies.data(),
             mode="shard_map",

@@ -12,7 +12,7 @@ from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
-from ..._core.tracing import record_fact
+from ..._core.tracing import equations, record_fact
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Key, Mean, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
@@ -90,6 +90,8 @@ def check_rows(
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
+    if part == 1:
+        raise_all(StepError, _HEADLINE, _squeezed_problems(objective, args, dims, splits))
     split = count, _compared(count, part), splits
     with _row_by_row(staged):
         followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
@@ -191,6 +193,31 @@ def _compared(count: int, part: int | None) -> RowCounts:
     few = count if part is None else max(part, 2)
     whole = few < count and count % few == 0
     return RowCounts(few, count) if whole else RowCounts(count, 2 * count)
+
+
+def _squeezed_problems(
+    objective: Objective, args: LossArgs, dims: RowDims, splits: str
+) -> list[Problem]:
+    """`jnp.squeeze` without an axis takes the dim of the rows away where a part has one of them."""
+    params, model_state, batch, key = args
+    (count,) = count_rows(batch, dims)
+
+    def squeezed(rows: int) -> int:
+        sized = params, model_state, resize_rows(batch, dims, rows, count), key
+        program = jax.make_jaxpr(objective)(*sized).jaxpr
+        found = (
+            e.params["dimensions"] for e in equations(program) if e.primitive.name == "squeeze"
+        )
+        return sum(map(len, found))
+
+    try:
+        of_one, of_two = squeezed(1), squeezed(2)
+    except Exception as error:  # a user's code
+        return [_written_for(count, 1, error, splits, dims)]
+    if of_one == of_two:
+        return []
+    why = f"squeezes the rows away where there is one, and {splits} makes parts of one row"
+    return [Problem("loss_fn", why, "jnp.squeeze(x, axis=...) with its axis, or more rows")]
 
 
 def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:
