@@ -22,6 +22,51 @@ def message(strategy, layers=4, rows=16, loss=model.loss, **sizes):
     return str(raised.value)
 
 
+def summed(ends, x, batch):
+    return (x * ends["scale"]).sum()
+
+
+def scaled_gates(params, batch, key):
+    """A batch that the loss computes from a parameter."""
+    return model.loss(params, {**batch, "gate": batch["gate"] * params["scale"][0]}, key)
+
+
+# What a pipeline computes on parts of the rows, though the loss is a mean of rows.
+OF_PARTS = {
+    "a sum, divided later": (
+        lambda *args: model.loss(*args, last=summed) / 64,
+        "is a sum over rows, of which a pipeline averages the parts",
+    ),
+    "a metric": (
+        lambda *args: model.loss(*args, last=lambda e, x, b: (x.mean(), {"sum": summed(e, x, b)})),
+        "is a sum over rows, of which a pipeline averages the parts",
+    ),
+    "a weight": (
+        lambda *args: model.loss(*args, last=lambda e, x, b: sk.Mean(summed(e, x, b), 64.0)),
+        "is the same for any rows, of which a pipeline adds up the parts",
+    ),
+    "a batch of parameters": (scaled_gates, "is computed from parameters"),
+}
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+def test_what_a_pipeline_would_compute_from_parts_is_refused(name):
+    loss, why = OF_PARTS[name]
+    assert why in message(DATA | pipeline(micro_batches=2), loss=loss)
+
+
+def test_an_evaluation_that_mixes_rows_is_refused():
+    def pairs(ends, x, batch):
+        return jnp.mean(jnp.einsum("ile,jle->ij", x, x))
+
+    loss = sk.Loss(model.loss, lambda *args: model.loss(*args, last=pairs))
+    step = model.step(
+        sk.MeshSpec(data=2, pipe=4).build(), DATA | pipeline(micro_batches=2), loss=loss
+    )
+    with pytest.raises(sk.errors.StepError, match="multiplies rows with one another"):
+        step.evaluate(step.init(jax.random.key(0)), model.make_batch())
+
+
 def test_options_are_refused_together():
     with pytest.raises(sk.errors.StepError) as raised:
         pipeline(schedule="1f1", micro_batches=0, virtual_stages=2, outer_params="splitt")

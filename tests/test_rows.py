@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 from jax.extend import core
 
 import shardkit as sk
 from shardkit._core.draws import trace_in_part
-from shardkit._core.tracing import record_p
 from shardkit.errors import StepError
 from shardkit.nn._constrain import constrain_p
 from shardkit.nn._manual_axis_rules import use_param_p
@@ -297,6 +297,11 @@ MEANS = {
         (X,),
     ),
     "put": (lambda p, x, k: jnp.mean(mlp(p, jax.device_put(x))), (X,)),
+    "tiled": (lambda p, x, k: jnp.mean(jnp.tile(mlp(p, x), (2, 3)) ** 2), (X,)),
+    "array of 1 / n": (
+        lambda p, x, k: jnp.sum(mlp(p, x) * np.full((1, 4), 1 / len(x), "f")),
+        (X,),
+    ),
     "branch": (
         lambda p, x, k: jnp.mean(jax.lax.cond(p["w"][0, 0] > 0, jnp.tanh, jnp.sin, x @ p["w"])),
         (X,),
@@ -339,12 +344,48 @@ def mirrored(times):
     return jnp.concatenate([times, 1 - times])
 
 
+def at(index):
+    """The mean of a model on the rows at `index(own numbers, rows)`."""
+    return lambda p, x, k: jnp.mean(x[index(jnp.arange(len(x)), x)] @ p["w"])
+
+
+def doubled(x):
+    """A kernel, as attention that is written by hand."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    return pl.pallas_call(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+
 def of_slots(turn):
     """The mean of rows that a loop by number leaves behind."""
     return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
 
 
 OTHERS = {
+    "own row or the next": (at(lambda i, x: jnp.where(x[:, 0] > 0, i, i + 1)), (X,), "select_n"),
+    "next row, always": (at(lambda i, x: jnp.where(i >= 0, i + 1, i)), (X,), "ge"),
+    "row of twice the number": (at(lambda i, x: i + i), (X,), "add"),
+    "row of no number": (at(lambda i, x: i - i), (X,), "sub"),
+    "row from the end": (at(lambda i, x: -i), (X,), "neg"),
+    "row of a running number": (
+        at(lambda i, x: jnp.cumsum(jnp.broadcast_to(i[:, None], (len(i), 2)), 1)[:, 1]),
+        (X,),
+        "cumsum",
+    ),
+    "whole part": (lambda p, x, k: jax.lax.div(jnp.sum(jnp.int32(x > 0)), 3), (X,), "div"),
+    "kernel": (lambda p, x, k: jnp.mean(doubled(mlp(p, x))), (X,), "pallas_call"),
+    "edges of ones": (
+        marked(lambda zeros: jnp.convolve(zeros[:, 0] + 1, jnp.ones(3), "same")[:, None]),
+        (X,),
+        "conv_general_dilated",
+    ),
+    "table in as many rows": (
+        lambda p, x, k: jnp.mean(mlp(p, x)) * jnp.max(p["w"].reshape(len(x) // 16, -1)),
+        (X,),
+        "reshape",
+    ),
     "row before, by number": (of_slots(lambda p, x, i, y: y.at[i].set(y[i - 1])), (X,), "scan"),
     "first row, by number": (of_slots(lambda p, x, i, y: y.at[i].set(y[0])), (X,), "scan"),
     "one place": (of_slots(lambda p, x, i, y: y.at[0].set(y[0] + x[i])), (X,), "scan"),
@@ -672,8 +713,28 @@ def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
         )
 
 
-# Each takes 4 of the rows, which are all rows of a part of 4.
+def counted_in_a_loop(p, x, k):
+    """Divides by a number that a loop of as many turns as rows makes."""
+    turns = jax.lax.while_loop(lambda n: n < len(x), lambda n: n + 1, jnp.int32(1))
+    return jnp.sum(mlp(p, x)) / turns
+
+
+# Each takes 4 of the rows, which are all rows of a part of 4; or does something else with more.
 OF_A_PART = {
+    "factor": lambda p, x, k: jnp.mean(mlp(p, x)) * jnp.where(len(x) >= 16, 1.0, 0.5),
+    "factor by a sum": lambda p, x, k: (
+        jnp.mean(mlp(p, x)) * jnp.where(jnp.sum(jnp.ones_like(x)) > 40, 1.0, 0.5)
+    ),
+    "branch": lambda p, x, k: jax.lax.cond(len(x) >= 16, jnp.sum, jnp.mean, mlp(p, x)),
+    "column": lambda p, x, k: jnp.mean(mlp(p, x)[:, len(x) // 16]),
+    "column, sliced": lambda p, x, k: jnp.mean(
+        jax.lax.dynamic_slice_in_dim(mlp(p, x), jnp.int32(len(x) // 16), 1, 1)
+    ),
+    "columns, looked up": lambda p, x, k: jnp.mean(mlp(p, x)[:, jnp.array([0, len(x) // 16])]),
+    "window": lambda p, x, k: jnp.mean(
+        jax.lax.reduce_window(mlp(p, x), 0.0, jax.lax.add, (1, len(x) // 8 or 1), (1, 1), "SAME")
+    ),
+    "loop": counted_in_a_loop,
     "groups": lambda p, x, k: jnp.mean(mlp(p, x).reshape(-1, 4, 4).mean(0) ** 2),
     "taken": lambda p, x, k: jnp.mean(mlp(p, jax.lax.dynamic_slice(x, (0, 0), (4, 4)))),
     "shifted": lambda p, x, k: jnp.mean(mlp(p, jnp.concatenate([x, x**2])[4 : 4 + len(x)])),
@@ -689,7 +750,70 @@ def test_an_operation_is_followed_on_the_rows_of_a_part_and_on_all(name):
     assert isinstance(followed(OF_A_PART[name], X, rows=RowCounts(4, 32))[0], Mixed)
 
 
-@pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)
+@jax.custom_vjp
+def of_nothing(y):
+    """Zero with a gradient, as losses whose gradient is made by hand."""
+    return jnp.zeros(())
+
+
+of_nothing.defvjp(lambda y: (jnp.zeros(()), y), lambda y, g: (g * y,))
+
+
+def soft(p, x):
+    return jax.nn.sigmoid(x[:, 0] * p["w"][0, 0])
+
+
+def squeezed(p, x, k):
+    """Each row by itself, where a dim of one row does not go with the others."""
+    return jnp.mean(jax.vmap(lambda row: jnp.sum(row**2))(jnp.squeeze(x[:, None] @ p["w"])))
+
+
+REFUSED = {
+    "a part of one row": (squeezed, "squeezes the rows away where there is one"),
+    "gradient of zero": (lambda p, x, k: of_nothing(mlp(p, x)), "unlike the loss"),
+    "place of a device": (
+        lambda p, x, k: jnp.mean(mlp(p, x)) * (1 + jax.lax.axis_index("batch")),
+        "axis_index is the place of a device",
+    ),
+    "weight of parameters": (
+        lambda p, x, k: sk.Mean(jnp.sum(errors(p, x) * soft(p, x)), jnp.sum(soft(p, x))),
+        "no gradient through its weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_parts_or_means_would_change_in_silence_is_refused(name):
+    loss, why = REFUSED[name]
+    with pytest.raises(StepError, match=why):
+        sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: W,
+            batch=jax.ShapeDtypeStruct((2, 4), jnp.float32),
+            mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+            strategy=sk.strategies.data(),
+            mode="shard_map",
+        )
+
+
+def test_a_weight_whose_gradient_is_stopped_is_a_weight():
+    def loss(p, x, k):
+        hits = mlp(p, x).argmax(-1) == 0
+        return sk.Mean(jnp.sum(errors(p, x) * hits), jnp.sum(hits) + jax.lax.stop_gradient(1.0))
+
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: W,
+        batch=X,
+        mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+        strategy=sk.strategies.data(),
+    )
+    assert step.mesh.size == 2
+
+
+@pytest.mark.parametrize("primitive", [constrain_p, use_param_p], ids=str)
 def test_the_marks_of_a_model_leave_rows_as_they_are(primitive):
     assert RULES[primitive.name] is RULES["copy"]
 

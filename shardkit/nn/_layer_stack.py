@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from .._core.types import Batch, Key, Mean, Params, PyTree
+from .._core.without_gradient import WEIGHT, without_gradient
 from ._overridable import overridable
 from ._remat import remat
 
@@ -31,7 +32,8 @@ def layer_stack(
 
     The functions must take every parameter, and inside a `jax.jit` or scan of your own every
     traced array, as an argument: arrays that they close over get no gradient. Gradients flow
-    through the loss (the `total` of a `Mean`), and not through its weight or the metrics.
+    through the loss (the `total` of a `Mean`) and not through the metrics; a weight that depends on
+    the parameters is refused.
 
     Args:
       first: `(outer_params, batch, key) -> x`, a pytree of floating-point arrays `[rows, ...]`
@@ -100,4 +102,8 @@ def _run_layer_stack(
 ) -> Any:
     first_key, keys = split_layer_keys(key, len(jax.tree.leaves(layers)[0]))
     x = scan_layers(layer, first(outer_params, batch, first_key), layers, batch, keys)
-    return stop_aux_gradients(last(outer_params, x, batch))
+    out = last(outer_params, x, batch)
+    loss = out[0] if isinstance(out, tuple) else out
+    if isinstance(loss, Mean):
+        loss = Mean(loss.total, without_gradient(WEIGHT, loss.weight))
+    return stop_aux_gradients((loss, *out[1:]) if isinstance(out, tuple) else loss)

@@ -65,7 +65,7 @@ from ._record import (
     group_metrics_by_check,
     select_counters,
 )
-from ._row_powers import find_row_powers
+from ._row_powers import RowPowers
 
 _EVALUATION, _STEPS = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
@@ -139,8 +139,8 @@ class Reference:
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
-        model_state, parts = state.model_state, self.spec.accumulate.micro_batches
-        powers = self._find_powers(state, batch, step)
+        model_state = state.model_state
+        self._find_powers(state, batch, step)
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
         dtypes: dict[str, Any] = {}
         grads = None
@@ -150,8 +150,7 @@ class Reference:
             )
             for name, pair in pairs.items():
                 dtypes[name] = pair[0].dtype
-                # Parts of a sum over rows are added up.
-                pair = float(pair[0]), float(pair[1]) / parts ** powers.get(name, 0)
+                pair = float(pair[0]), float(pair[1]) / self._powers.share(name)
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair)
             micro_grads = jax.tree.map(lambda g, s=float(size): _to_f32(g) * s, micro_grads)
             grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
@@ -179,15 +178,16 @@ class Reference:
     def _row_dims(self) -> RowDims:
         return self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
 
-    def _find_powers(self, state: ReferenceState, batch: Batch, step: int) -> dict[str, int]:
-        """Powers of the rows with which loss and metrics grow."""
+    @functools.cached_property
+    def _powers(self) -> RowPowers:
+        return RowPowers(self.spec.accumulate.micro_batches)
+
+    def _find_powers(self, state: ReferenceState, batch: Batch, step: int) -> None:
         _, key = next(self._micro_batches(batch, jax.random.fold_in(state.key, step)))
-
-        def run(rows: Batch) -> Any:
-            args = state.params, state.model_state, self._to_device(rows), key
-            return self._loss_and_grads(*args)[0][1][0]
-
-        return find_row_powers(run, batch, self._row_dims, self.spec.accumulate.micro_batches)
+        of_rows = functools.partial(self._loss_and_grads, state.params, state.model_state)
+        self._powers.find(
+            lambda rows: of_rows(self._to_device(rows), key)[0][1][0], batch, self._row_dims
+        )
 
     def _step(
         self, state: ReferenceState, batch: Batch, step: int
@@ -288,13 +288,13 @@ class Reference:
         self, params: Params, model_state: PyTree, batch: Batch, step_key: Key
     ) -> tuple[Scalar, Params]:
         """Loss and gradient of other parameters, while it is traced: for optimizers that ask."""
-        total, weight = jnp.zeros(()), jnp.zeros(())
+        total, weight, share = jnp.zeros(()), jnp.zeros(()), self._powers.share("loss")
         grads = jax.tree.map(jnp.zeros_like, self._trained(params))
         for rows, key in self._micro_batches(batch, step_key):
             (_, (pairs, size, model_state)), micro = self._loss_and_grads(
                 params, model_state, rows, key
             )
-            total, weight = total + pairs["loss"][0], weight + pairs["loss"][1]
+            total, weight = total + pairs["loss"][0], weight + pairs["loss"][1] / share
             micro = jax.tree.map(functools.partial(jnp.multiply, size), micro)
             grads = jax.tree.map(lambda x, y: x + y.astype(x.dtype), grads, micro)
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)

@@ -15,42 +15,63 @@ from .._core.types import Batch
 Pairs = Mapping[str, tuple[Any, Any]]
 
 
-def find_row_powers(
-    run: Callable[[Batch], Pairs], batch: Batch, dims: RowDims, parts: int
-) -> dict[str, int]:
-    """Powers of the rows with which results grow: 0 of means of rows, 1 of sums over them.
+class RowPowers:
+    """Powers of the rows with which results grow: 0 of means of rows, 1 of sums over them."""
 
-    Compares the rows of one part with the same rows so often that they fill the batch.
+    def __init__(self, parts: int) -> None:
+        """Knows nothing yet.
 
-    Args:
-      run: `rows → {name: (total, weight)}`.
-      batch: of all rows.
-      dims: of its leaves.
-      parts: micro-batches.
-    """
-    counts = count_rows(batch, dims)
-    if parts == 1 or len(counts) != 1:
-        return {}
-    rows = counts.pop()
+        Args:
+          parts: micro-batches.
+        """
+        self._parts = parts
+        # None where a total was 0, which no number of rows changes: another batch may tell.
+        self._powers: dict[str, int | None] = {}
 
-    def pairs_of(index: np.ndarray) -> dict[str, tuple[float, float]]:
-        pairs = run(map_rows(lambda x, dim: take_rows(x, dim, index), batch, dims))
-        return {name: (float(total), float(weight)) for name, (total, weight) in pairs.items()}
+    def find(self, run: Callable[[Batch], Pairs], batch: Batch, dims: RowDims) -> None:
+        """Finds the powers that no batch has told yet; what is known of a loss stays.
 
-    found: list[dict[str, int]] = []
-    # Draws of their own change a mean by far less than a power of the number of parts; a count of
-    # few hits they may double, but hardly in two parts.
-    for part in range(2):
-        first = np.arange(part, rows, parts)
-        few, many = pairs_of(first), pairs_of(np.tile(first, parts))
-        found.append({name: _grown(few[name], many[name], parts) for name in few})
-    return {name: power if found[1][name] == power else 0 for name, power in found[0].items()}
+        Compares the rows of one part with the same rows so often that they fill the batch.
+
+        Args:
+          run: `rows → {name: (total, weight)}`.
+          batch: of all rows.
+          dims: of its leaves.
+        """
+        counts, parts = count_rows(batch, dims), self._parts
+        known = self._powers and None not in self._powers.values()
+        if known or parts == 1 or len(counts) != 1:
+            return
+        rows = counts.pop()
+
+        def pairs_of(index: np.ndarray) -> dict[str, tuple[float, float]]:
+            pairs = run(map_rows(lambda x, dim: take_rows(x, dim, index), batch, dims))
+            return {name: (float(total), float(weight)) for name, (total, weight) in pairs.items()}
+
+        # Draws of their own change a mean by far less than a power of the number of parts; a count
+        # of few hits they may double, but hardly in two parts.
+        found: list[dict[str, int | None]] = []
+        for part in range(2):
+            first = np.arange(part, rows, parts)
+            few, many = pairs_of(first), pairs_of(np.tile(first, parts))
+            found.append({name: _grown(few[name], many[name], parts) for name in few})
+        for name, power in found[0].items():
+            if self._powers.get(name) is None:
+                other = found[1][name]
+                told = None not in (power, other)
+                self._powers[name] = (power if power == other else 0) if told else None
+
+    def share(self, name: str) -> int:
+        """What the weight of a part is divided by, so that parts of a sum are added up."""
+        return self._parts ** (self._powers.get(name) or 0)
 
 
-def _grown(few: tuple[float, float], many: tuple[float, float], parts: int) -> int:
+def _grown(few: tuple[float, float], many: tuple[float, float], parts: int) -> int | None:
     """The power with which a total grows over a weight that stays; 0 where the weight grows too."""
     (total, weight), (total_of_many, weight_of_many) = few, many
-    if not total or not weight or not math.isclose(weight, weight_of_many, rel_tol=1e-3):
+    if not total or not weight:
+        return None
+    if not math.isclose(weight, weight_of_many, rel_tol=1e-3):
         return 0
     return _power(total_of_many / total, parts)
 

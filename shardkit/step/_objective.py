@@ -17,6 +17,7 @@ from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.precision import widen
 from .._core.tree import short_type
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
+from .._core.without_gradient import WEIGHT, without_gradient
 from ._unbound_axes import bind_batch_axes, explain_unbound_axes
 
 RESERVED = ("loss", "grad_norm", "skipped")
@@ -69,6 +70,8 @@ def build_objective(
             else:
                 value, metrics = _split_output(call(params, batch, key))
         _check_output(value, metrics)
+        if isinstance(value, Mean):
+            value = Mean(value.total, without_gradient(WEIGHT, value.weight))
         mean = to_mean(value)
         named = {name: to_mean(metric) for name, metric in metrics.items()}
         return mean.total, LossOutput(mean, named, model_state)

@@ -65,8 +65,8 @@ def check_split_rows(
         over_parts=named if on_parts else (),
         # On whole micro-batches mutable state may be their statistics.
         frozen=frozen if bound.spec.stateful and not on_parts else None,
-        # A pipeline averages what its last part returns.
-        adds=not any(_staged_kinds(bound)),
+        adds=True,
+        staged=any(_staged_kinds(bound)),
         own_derivatives=has_own_derivatives(traced.jaxpr),
     )
     return TracedLoss(traced.jaxpr, output, growth)
@@ -159,13 +159,13 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
     spec, sizes = bound.spec, bound.mesh.shape
     if spec.mode == "shard_map" and any(sizes[axis] > 1 for axis in layout.row_axes):
         yield 'mode="shard_map"'
+    yield from (f"strategies.{name}()" for name in _staged_kinds(bound))
     if not gradients:
         return
     if spec.accumulate.micro_batches > 1:
         yield f"accumulate={spec.accumulate.micro_batches}"
     if spec.precision.reduces_separately and layout.shard_axes:
         yield f"precision.reduce_dtype={spec.precision.reduce_dtype!r}"
-    yield from (f"strategies.{name}()" for name in _staged_kinds(bound))
 
 
 def check_partial_rows(

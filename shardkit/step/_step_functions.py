@@ -156,6 +156,7 @@ class StepFunctions:
             loss = add_up_parts(loss, traced, self.layout)
             loss = self._build_on_shards(build_shard_objective, loss)
         else:
+            check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 

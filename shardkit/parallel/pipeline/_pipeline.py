@@ -22,6 +22,7 @@ slow: it sends the fewest bytes of all kinds. Do not use with few micro-batches 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -32,7 +33,8 @@ import jax.numpy as jnp
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import key_problems
 from ..._core.types import Accumulate, Batch, Key, Params
-from ...nn._layer_stack import First, Last, Layer
+from ..._core.without_gradient import without_gradient
+from ...nn._layer_stack import First, Last, Layer, stop_aux_gradients
 from ...nn._overridable import Override, StepContext, Ticks, without_overrides
 from .._kind import Kind, PlanChoice, spare_share
 from .._names import activations, check_strategy, choice_problems, params
@@ -45,6 +47,12 @@ from ._stage_layout import StageLayout, stage_sizes
 if TYPE_CHECKING:
     from ...report import LedgerRow
     from ...report import Program as Compiled
+
+_FROM_PARAMS = Problem(
+    "the batch of sk.nn.layer_stack",
+    "is computed from parameters, and a pipeline takes no gradient through it",
+    "parameters in outer_params, and what is computed of them inside `first`, `layer` or `last`",
+)
 
 
 def pipeline_bytes(n: int, activation: float) -> float:
@@ -248,7 +256,9 @@ class PipelinedLayers(Override):
             return *jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
 
         run.defvjp(forward, backward, symbolic_zeros=True)
-        return run(outer_params, layers, batch, program.words)
+        batch = jax.tree.map(functools.partial(without_gradient, _FROM_PARAMS), batch)
+        # What a rule of its own returns has a gradient, for JAX, in its weight and metrics too.
+        return stop_aux_gradients(run(outer_params, layers, batch, program.words))
 
     def tick_table(self, sizes: Mapping[str, int]) -> tuple[str, Ticks] | None:
         """The table of a training step; None where one device holds all layers."""

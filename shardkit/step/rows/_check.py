@@ -12,13 +12,14 @@ from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
+from ..._core.tracing import equations, record_fact
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Key, Params, PyTree, Scalar
+from ..._core.types import Batch, Key, Mean, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._equation import RowCounts
 from ._follow import follow_rows
-from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE
+from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE, STAGED
 from ._states import (
     AlwaysZero,
     Cause,
@@ -55,6 +56,7 @@ def check_rows(
     whole: str = WHOLE,
     adds: bool = False,
     own_derivatives: bool = True,
+    staged: bool = False,
 ) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -76,6 +78,7 @@ def check_rows(
       part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
       adds: the step can add up parts of a sum over rows that is divided by no count of them.
+      staged: a pipeline averages over parts what the last part of `sk.nn.layer_stack` returns.
       over_parts: axes over which the loss sums what the parts have.
       own_derivatives: whether the loss has derivative rules of its own. It has them on any rows:
         a program that is another one on other rows is refused.
@@ -94,11 +97,15 @@ def check_rows(
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
+    if part == 1:
+        raise_all(StepError, _HEADLINE, _squeezed_problems(objective, args, dims, splits))
     split = count, _compared(count, part), splits
-    followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
+    with _row_by_row(staged):
+        followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
-        followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
+        with _row_by_row(staged):
+            followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
     problems = _problems(followed, splits, whole, growth)
@@ -153,19 +160,18 @@ def _follow(
     """
     params, model_state, batch, key = args
     count, sizes, splits = split
-    with _row_by_row():
-        traces = []
-        # The declared rows first: what fails on these is no matter of parts, and raised as it is.
-        for rows in sorted(sizes, key=lambda rows: rows != count):
-            parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
-            resized = resize_rows(batch, dims, rows, count)
-            sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
-            try:
-                traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
-            except Exception as error:  # a user's code
-                if rows == count:
-                    raise
-                raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
+    traces = []
+    # The declared rows first: what fails on these is no matter of parts, and raised as it is.
+    for rows in sorted(sizes, key=lambda rows: rows != count):
+        parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
+        resized = resize_rows(batch, dims, rows, count)
+        sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
+        try:
+            traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
+        except Exception as error:  # a user's code
+            if rows == count:
+                raise
+            raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
     (_, (few, output)), (_, (many, _)) = sorted(traces, key=lambda trace: trace[0])
     inputs: list[State] = [
         Constant(SCALE_DEGREE),
@@ -196,6 +202,31 @@ def _compared(count: int, part: int | None) -> RowCounts:
     return RowCounts(few, count) if whole else RowCounts(count, 2 * count)
 
 
+def _squeezed_problems(
+    objective: Objective, args: LossArgs, dims: RowDims, splits: str
+) -> list[Problem]:
+    """`jnp.squeeze` without an axis takes the dim of the rows away where a part has one of them."""
+    params, model_state, batch, key = args
+    (count,) = count_rows(batch, dims)
+
+    def squeezed(rows: int) -> int:
+        sized = params, model_state, resize_rows(batch, dims, rows, count), key
+        program = jax.make_jaxpr(objective)(*sized).jaxpr
+        found = (
+            e.params["dimensions"] for e in equations(program) if e.primitive.name == "squeeze"
+        )
+        return sum(map(len, found))
+
+    try:
+        of_one, of_two = squeezed(1), squeezed(2)
+    except Exception as error:  # a user's code
+        return [_written_for(count, 1, error, splits, dims)]
+    if of_one == of_two:
+        return []
+    why = f"squeezes the rows away where there is one, and {splits} makes parts of one row"
+    return [Problem("loss_fn", why, "jnp.squeeze(x, axis=...) with its axis, or more rows")]
+
+
 def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:
     reason = f"{type(error).__name__}: {first_line(error)}"
     fix = "sizes from the batch (len(batch[...])), no number of rows written out"
@@ -217,7 +248,9 @@ def _problems(
         problem = _mean_problem(f"metrics[{name!r}]", metric, splits, whole)
         if problem and name not in growth:
             yield problem
-    wanted = _degree(output.loss.total)
+    total, weight = output.loss.total, output.loss.weight
+    # A rule of the user's own may give a gradient to what is zero.
+    wanted = _degree(weight if isinstance(total, AlwaysZero) else total)
     for path, state in leaves_by_path(jax.tree.map(_unscaled, grads), "gradient").items():
         if isinstance(state, Mixed):
             yield _mixed_problem(path, state.cause, splits, whole)
@@ -315,14 +348,27 @@ def _degree(state: State) -> Degree | str:
     return "none"
 
 
-def _row_by_row() -> Any:
+def _row_by_row(staged: bool) -> Any:
     """Makes dropless experts keep rows apart while a loss is traced to be followed.
 
     They sort the tokens of all rows together, which cannot be followed; each expert having room for
-    all tokens of a row computes the same.
+    all tokens of a row computes the same. Of stages, what the last one returns is marked.
     """
     context = StepContext(_mesh_of({"rows": 2}), (), lambda names: PartitionSpec())
-    return use_overrides({"experts": _RoomForAll("rows")}, context)
+    marked = {"layer_stack": _MarkedResults("rows")} if staged else {}
+    return use_overrides({"experts": _RoomForAll("rows"), **marked}, context)
+
+
+class _MarkedResults(Override):
+    """Says of each number that a layer stack returns how it must grow with the rows."""
+
+    def __call__(
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def mark(value: Any) -> Any:
+            return record_fact(value, STAGED, 1 if isinstance(value, Mean) else 0)
+
+        return jax.tree.map(mark, plain(*args, **kwargs), is_leaf=lambda x: isinstance(x, Mean))
 
 
 class _RoomForAll(Override):

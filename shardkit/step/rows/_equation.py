@@ -1,6 +1,5 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
-import cmath
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -18,18 +17,23 @@ class RowCounts(NamedTuple):
     many: int
 
     def degree(self, few: Any, many: Any) -> Degree:
-        """How a number of the program grows with the rows.
+        """How a number of the program, or an array of them, grows with the rows.
 
         >>> rows = RowCounts(8, 16)
-        >>> rows.degree(8.0, 16.0), rows.degree(0.125, 0.0625), rows.degree(3, 3)
+        >>> rows.degree(8.0, 16.0), rows.degree([0.125], [0.0625]), rows.degree(3, 3)
         (1, -1, 0)
+        >>> rows.degree(True, False) is None
+        True
         """
-        if few == many or few != few:
+        few, many = np.asarray(few), np.asarray(many)
+        if few.tobytes() == many.tobytes():
             return 0
-        for degree in (1, -1, 2, -2):
-            if few and cmath.isclose(many / few, (self.many / self.few) ** degree, rel_tol=1e-6):
-                return degree
-        return None
+        if few.dtype.kind == "b":
+            return None
+        few, many = few.astype(complex), many.astype(complex)
+        growth = self.many / self.few
+        powers = (d for d in (1, -1, 2, -2) if np.allclose(few * growth**d, many, 1e-6, 0))
+        return next(powers, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,11 @@ class Equation:
 # Parameters that say what an operation does; others may follow the sizes of its operands.
 _DIMS = ("axes", "dimensions", "permutation", "broadcast_dimensions", "dimension_numbers")
 _SIZES = ("length", "unroll", "feature_group_count", "batch_group_count")
+# These have an entry for each dim of an operand, which may follow the size of that dim alone.
+_BY_DIM = (
+    "start_indices limit_indices strides slice_sizes padding_config window_dimensions "
+    "window_strides padding base_dilation window_dilation lhs_dilation rhs_dilation reps"
+).split()
 
 
 def same_operation(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
@@ -113,7 +122,21 @@ def same_operation(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
         scalars = {k: v for k, v in eqn.params.items() if isinstance(v, int | float | str)}
         return {k: eqn.params.get(k) for k in (*scalars, *_DIMS) if k not in _SIZES}
 
-    return few.primitive is many.primitive and what(few) == what(many)
+    return few.primitive is many.primitive and what(few) == what(many) and _same_by_dim(few, many)
+
+
+def _same_by_dim(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
+    pairs = [(few.params[name], many.params[name]) for name in _BY_DIM if few.params.get(name)]
+    if all(a == b for a, b in pairs):
+        return True
+    rank, growing = len(shape_of(few.invars[0])), _differing(few.invars[0], many.invars[0])
+    fixed = [dim for dim in range(rank) if dim not in growing]
+
+    def alike(a: Any, b: Any) -> bool:
+        by_dim = len(a) == len(b) == rank
+        return a == b or (by_dim and all(a[dim] == b[dim] for dim in fixed))
+
+    return all(alike(a, b) for a, b in pairs)
 
 
 def shape_of(variable: Any) -> tuple[int, ...]:

@@ -12,7 +12,18 @@ from ..._core.tracing import equations
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
 from ._equation import Equation, RowCounts, same_operation
 from ._row_loops import without_turns
-from ._rules import BY_ROW, RULES, first_mixed, join, unfollowed
+from ._rules import (
+    BY_ROW,
+    COUNTED,
+    KEEPS_PLACES,
+    PICKS,
+    RULES,
+    first_mixed,
+    follows_count,
+    is_place,
+    join,
+    unfollowed,
+)
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -68,17 +79,13 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
 def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     if jax.numpy.shape(few) != jax.numpy.shape(many):
         return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
-    if jax.numpy.shape(few) != () or not jax.numpy.issubdtype(
-        jax.numpy.result_type(few), jax.numpy.number
-    ):
-        return Constant()
-    return _number_state(few, many, rows)
-
-
-def _number_state(few: Any, many: Any, rows: RowCounts) -> State:
-    if few == 0 and many == 0:
-        return AlwaysZero()
-    return Constant(rows.degree(complex(few), complex(many)))
+    if few is many:  # closed over: perhaps a table on many devices
+        return Constant() if jax.numpy.shape(few) or few != 0 else AlwaysZero()
+    if jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key):
+        few, many = jax.random.key_data(few), jax.random.key_data(many)
+    degree = rows.degree(few, many)
+    zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
+    return AlwaysZero() if zero else Constant(degree)
 
 
 def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> list[State]:
@@ -123,6 +130,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
     for name in _INNER:
         if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
+            if len(few[0].outvars) != len(equation.few.outvars):
+                continue  # a kernel, which writes to references
             results = _follow_pair(few, many, states, equation.rows)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
@@ -130,6 +139,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
 
 def _by_rule(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """What both traces say: in one of 4 rows `x.reshape(-1, 4)` and `x[:4]` leave rows whole."""
+    if equation.name not in KEEPS_PLACES and any(map(is_place, states)):
+        return [first_mixed(states) or equation.mixed(PICKS)] * len(equation.few.outvars)
     of_rule = RULES[equation.name]
     pairs = zip(of_rule(equation, states), of_rule(equation.turned(), states), strict=True)
     differs = equation.mixed(f"does one thing with {equation.rows.few} rows, another with more")
@@ -227,6 +238,8 @@ def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
     carry, _ = _fixpoint(equation, body, list(states[n_cond + n_body :]))
     (ends,) = follow("cond_jaxpr", [*for_cond, *carry])
+    if follows_count(ends):
+        return [equation.mixed(COUNTED)] * len(carry)
     if isinstance(ends, Constant | AlwaysZero | PerRow):
         return carry
     return [equation.mixed("ends when rows say so, all of them together")] * len(carry)
@@ -249,6 +262,8 @@ def _cond(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [equation.mixed("has a branch for each row")] * len(equation.few.outvars)
     pairs = zip(few, many, strict=True)
     results = [_follow_pair(_body(a), _body(b), operands, equation.rows) for a, b in pairs]
+    if follows_count(which):
+        return [equation.mixed(COUNTED)] * len(results[0])
     if not isinstance(which, Constant | AlwaysZero):
         return [equation.mixed("takes a branch by what rows say together")] * len(results[0])
     return [join(equation, outs) for outs in zip(*results, strict=True)]

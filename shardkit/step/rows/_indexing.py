@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._equation import Equation
-from ._rules import NONLINEAR, TOGETHER, first_mixed, join, rule
+from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, join, rule
 from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
@@ -33,7 +33,7 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if isinstance(operand, PerRow):
         return [_look_up_in_rows(equation, operand, indices, place)]
     if place is None:
-        if isinstance(indices, PerRow | Columns):
+        if not _fixed(indices):
             return [equation.mixed(_PICKS)]
         cut = [
             d
@@ -79,9 +79,8 @@ def _look_up_in_rows(
 
 
 def _fixed(indices: State) -> bool:
-    if isinstance(indices, Columns):
-        return all(isinstance(part, Constant | AlwaysZero) for part in indices.parts)
-    return isinstance(indices, Constant | AlwaysZero)
+    parts = indices.parts if isinstance(indices, Columns) else (indices,)
+    return all(part in (Constant(0), AlwaysZero()) for part in parts)
 
 
 def _rows_of_indices(indices: State, columns: Sequence[int]) -> tuple[PerRow, int | None] | None:
@@ -90,7 +89,7 @@ def _rows_of_indices(indices: State, columns: Sequence[int]) -> tuple[PerRow, in
     rows = [part for part in parts if isinstance(part, PerRow)]
     if not rows or len({part.layout for part in rows}) > 1:
         return None
-    if any(part.role not in ("values", "index") for part in rows):
+    if any(part.role not in ("values", "index") for part in rows) or any(map(follows_count, parts)):
         return None
     own = [i for i, part in enumerate(parts) if isinstance(part, PerRow) and part.role == "index"]
     if len(own) > 1 or (own and own[0] >= len(columns)):

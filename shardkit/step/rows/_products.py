@@ -5,7 +5,7 @@ from typing import Any
 
 from ..._core.split_rng import is_part_key
 from ._equation import Equation, dtype_of
-from ._rules import NONLINEAR, PICKS, elementwise, first_mixed, moved, product, rule
+from ._rules import NONLINEAR, elementwise, first_mixed, moved, product, rule
 from ._states import (
     AlwaysZero,
     Columns,
@@ -27,10 +27,6 @@ def _dot(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if any(isinstance(state, AlwaysZero) for state in states):
         return [AlwaysZero()]
     left, right = states
-    if any(
-        isinstance(s, Columns) or (isinstance(s, PerRow) and s.role != "values") for s in states
-    ):
-        return [equation.mixed(PICKS)]
     contracted, batched = equation.params["dimension_numbers"]
     summed = sum(dim in equation.growing(0) for dim in contracted[0])
     assert isinstance(left, PerRow | Constant | RowSum)
@@ -86,6 +82,8 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
         if not met or image.layout[1:] != kernel.layout[1:]:
             return [equation.mixed("convolves rows with one another")]
         return [RowSum(add_degrees(image.degree, kernel.degree, 1))]
+    if equation.growing(1) or {*equation.growing(0)} - {numbers.lhs_spec[0]}:
+        return [equation.mixed("convolves along the rows of the batch")]
     if isinstance(image, PerRow) and isinstance(kernel, Constant):
         if image.dim != numbers.lhs_spec[0] or equation.params["batch_group_count"] != 1:
             return [equation.mixed("convolves along the rows of the batch")]
@@ -165,7 +163,7 @@ def _triangular_solve(equation: Equation, states: Sequence[State]) -> Sequence[S
 def _matrices(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Matrix factorizations: rows may be a dim before the last two."""
     outs = elementwise(equation, states)
-    for index, state in enumerate(states):
-        if isinstance(state, PerRow) and state.dim >= len(equation.shape(index)) - 2:
+    for index in range(len(states)):
+        if any(dim >= len(equation.shape(index)) - 2 for dim in equation.growing(index)):
             return [equation.mixed(_LINES)] * len(outs)
     return outs

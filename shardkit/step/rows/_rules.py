@@ -3,6 +3,7 @@
 A rule takes an `Equation` and the states of its operands, and returns those of its results.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ._states import (
     RowSum,
     State,
     add_degrees,
+    describe,
     same_degree,
 )
 
@@ -25,10 +27,20 @@ Rule = Callable[[Equation, Sequence[State]], Sequence[State]]
 RULES: dict[str, Rule] = {}
 
 TOGETHER = "combines each row with other ones"
+COUNTED = "is decided by how many rows there are"
 PICKS = "picks rows by their place in the batch"
 NONLINEAR = "is not linear in a sum over rows"
 BY_ROW = (
     "jax.vmap(f)(rows), or jax.lax.map(f, rows) without batch_size, if f needs one row at a time"
+)
+
+
+# What knows that rows have their own numbers, and lists of indices; see `PerRow.role`, `Columns`.
+KEEPS_PLACES = frozenset(
+    "gather scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max concatenate add lt "
+    "gt select_n convert_element_type copy device_put stop_gradient optimization_barrier "
+    "sharding_constraint reshard pvary name broadcast_in_dim reshape squeeze transpose slice iota "
+    "dynamic_slice dynamic_update_slice shardkit_record shardkit_constrain".split()
 )
 
 
@@ -89,8 +101,6 @@ def join(equation: Equation, states: Sequence[State]) -> State:
     if len({state.layout for state in rows}) > 1:
         return equation.mixed(TOGETHER)
     roles = {state.role for state in states if isinstance(state, PerRow)}
-    if roles == {"index", "shifted"}:
-        return rows[0] if rows[0].role == "index" else rows[1]
     if len(roles) > 1 or (roles != {"values"} and len(rows) < len(states)):
         return equation.mixed(PICKS)
     first = rows[0]
@@ -100,10 +110,9 @@ def join(equation: Equation, states: Sequence[State]) -> State:
 @rule("add sub add_any complex or select_and_gather_add")
 def _add(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     placed = [state for state in states if isinstance(state, PerRow) and state.role != "values"]
-    if placed and len(placed) < len(states) and not first_mixed(states):
-        index, (other,) = placed[0], [state for state in states if state not in placed] or [None]
-        if index.role == "index" and isinstance(other, Constant | AlwaysZero):
-            return [PerRow(*index.layout, None, "shifted")]
+    if placed and not first_mixed(states):
+        if len(placed) == 1 and all(isinstance(s, Constant | AlwaysZero | PerRow) for s in states):
+            return [PerRow(*placed[0].layout, None, "shifted")]
         return [equation.mixed(PICKS)]
     if equation.name == "or" and not first_mixed(states):
         return elementwise(equation, states)
@@ -122,8 +131,6 @@ def _mul(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 def product(equation: Equation, states: Sequence[State]) -> State:
     rows = [state for state in states if isinstance(state, PerRow)]
     sums = [state for state in states if isinstance(state, RowSum)]
-    if any(state.role != "values" for state in rows) or any(isinstance(s, Columns) for s in states):
-        return equation.mixed(PICKS)
     degree = add_degrees(
         *(s.degree for s in states if not isinstance(s, AlwaysZero | Mixed | Columns))
     )
@@ -145,6 +152,8 @@ def _div(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if mixed := first_mixed(states):
         return [mixed]
     top, bottom = states
+    if dtype_of(equation.few.invars[0]).kind in "iu":  # it rounds
+        return elementwise(equation, states)
     if isinstance(bottom, RowSum):
         ratio = isinstance(top, RowSum | Constant | AlwaysZero)
         return [equation.mixed("divides by a sum over rows", ratio=ratio)]
@@ -159,11 +168,8 @@ def _div(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 def _negated(state: State) -> State:
     if isinstance(state, Constant):
         return Constant(None if state.degree is None else -state.degree)
-    assert isinstance(state, PerRow | Columns)
-    if isinstance(state, Columns):
-        return state
-    degree = None if state.degree is None else -state.degree
-    return PerRow(*state.layout, degree, state.role)
+    assert isinstance(state, PerRow)
+    return PerRow(*state.layout, None if state.degree is None else -state.degree)
 
 
 @rule("square integer_pow")
@@ -172,9 +178,7 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,) = states
     if isinstance(state, Mixed | AlwaysZero):
         return [state]
-    if isinstance(state, RowSum | Columns) or (
-        isinstance(state, PerRow) and state.role != "values"
-    ):
+    if isinstance(state, RowSum | Columns):
         return [equation.mixed(NONLINEAR)]
     degree = None if state.degree is None else state.degree * power
     return [Constant(degree) if isinstance(state, Constant) else PerRow(*state.layout, degree)]
@@ -183,7 +187,7 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 _SAME = (
     "neg real imag copy device_put stop_gradient optimization_barrier reduce_precision "
     "sharding_constraint reshard convert_element_type conj pvary "
-    "name shardkit_record shardkit_constrain shardkit_use_param"
+    "name shardkit_constrain shardkit_use_param"
 )
 
 
@@ -208,7 +212,9 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if isinstance(which, RowSum | Columns):
         return [equation.mixed("chooses by a sum over rows")]
     if isinstance(which, PerRow) and which.role == "test":
-        return [join(equation, cases)]
+        return [cases[0]]  # it is false of all rows
+    if follows_count(which):
+        return [equation.mixed(COUNTED)]
     out = join(equation, cases)
     if not isinstance(which, PerRow) or isinstance(out, Mixed):
         return [out]
@@ -229,6 +235,28 @@ PARTS, PARTS_DEGREE = 2, 2
 SCALE_DEGREE = 64
 
 
+STAGED = "result of a layer stack"
+
+
+@rule("shardkit_record")
+def _record(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """A pipeline averages numbers over its parts, and adds up both sides of an `sk.Mean`."""
+    (state,), (kind, *values) = states, equation.params["fact"]
+    if kind != STAGED or isinstance(state, AlwaysZero | Mixed):
+        return [state]
+    degree = state.degree if isinstance(state, Constant | RowSum) else None
+    # The gradients that come back are not the numbers.
+    if degree in values or (degree is not None and degree > SCALE_DEGREE // 2):
+        return [state]
+    adds = values == [1]
+    why = f"is {describe(state)}, of which a pipeline {'adds up' if adds else 'averages'} the parts"
+    fix = "two sums over rows in sk.Mean" if adds else "a mean of rows"
+    mixed = equation.mixed(
+        why, fix=f"{fix} from `last`, times len(batch[...]) afterwards if need be"
+    )
+    return [Mixed(dataclasses.replace(mixed.cause, operation="what sk.nn.layer_stack returns"))]
+
+
 @rule("psum")
 def _sum_over_parts(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """A sum over rows becomes one over all rows of the batch, which no split changes."""
@@ -241,6 +269,11 @@ def _sum_over_parts(equation: Equation, states: Sequence[State]) -> Sequence[Sta
         return Constant(add_degrees(state.degree, PARTS_DEGREE))
 
     return [summed(state) for state in states]
+
+
+@rule("axis_index")
+def _axis_index(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    return [equation.mixed("is the place of a device, which decides nothing on one device")]
 
 
 _ELEMENTWISE = (
@@ -293,8 +326,6 @@ def elementwise(
             return [placed[0]] * outs
         if len(rows) == 1 and placed[0].role == "index" and _holds_for_all(equation, states):
             return [PerRow(*placed[0].layout, 0, "test")]
-        if len(placed) == len(rows) and {s.role for s in placed} == {"test"}:
-            return [placed[0]] * outs
         return [equation.mixed(PICKS)] * outs
     degrees = {s.degree for s in states if isinstance(s, PerRow | Constant)}
     if not rows:
@@ -311,8 +342,18 @@ def elementwise(
 
 def _holds_for_all(equation: Equation, states: Sequence[State]) -> bool:
     """Whether a row's number is asked whether it is negative, as jnp's indexing does: none is."""
-    names = ("lt", "ge") if isinstance(states[0], PerRow) else ("gt", "le")
-    return equation.name in names and any(isinstance(state, AlwaysZero) for state in states)
+    name = "lt" if isinstance(states[0], PerRow) else "gt"
+    return equation.name == name and any(isinstance(state, AlwaysZero) for state in states)
+
+
+def is_place(state: State) -> bool:
+    """Whether it is a row's own number, or a list of indices: no data of rows."""
+    return isinstance(state, Columns) or (isinstance(state, PerRow) and state.role != "values")
+
+
+def follows_count(state: State) -> bool:
+    """Whether an index or a condition depends on how many rows there are."""
+    return isinstance(state, Constant | PerRow) and state.degree != 0
 
 
 def moved(state: PerRow, dim: int, degree: Any = "same") -> PerRow:

@@ -1,5 +1,6 @@
 """Rules for operations that move elements or sum over dims: where the rows are afterwards."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -23,8 +24,7 @@ def _reduce_sum(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,), axes = states, equation.params["axes"]
     if isinstance(state, Mixed | AlwaysZero):
         return [state]
-    if isinstance(state, Columns) or (isinstance(state, PerRow) and state.role != "values"):
-        return [equation.mixed(PICKS)]
+    assert not isinstance(state, Columns)
     times = len(set(axes) & set(equation.growing(0)))
     degree = add_degrees(state.degree, times)
     if isinstance(state, PerRow) and state.dim not in axes:
@@ -48,8 +48,6 @@ def _reduce(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [equation.mixed(TOGETHER)]
     if not isinstance(state, PerRow):
         return outs
-    if state.role != "values":
-        return [equation.mixed(PICKS)] * len(outs)
     if state.dim in axes:
         return [equation.mixed("reduces over rows, but not by a sum")] * len(outs)
     return [moved(state, state.dim - sum(axis < state.dim for axis in axes))] * len(outs)
@@ -94,6 +92,16 @@ def _broadcast(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [state]
 
 
+@rule("tile")
+def _tile(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """All rows again and again behind one another, or each row's own elements."""
+    (state,) = states
+    if not isinstance(state, PerRow):
+        return [state]
+    times = equation.params["reps"][state.dim]
+    return [dataclasses.replace(state, outer=state.outer * times)]
+
+
 @rule("squeeze")
 def _squeeze(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,), dims = states, equation.params["dimensions"]
@@ -111,6 +119,10 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     state = states[0]
     if isinstance(state, Constant) and _folds_parts(equation):
         return [equation.mixed(PICKS)]
+    if isinstance(state, Constant | PerRow) and (
+        len(equation.out_growing()) > len(equation.growing(0))
+    ):
+        return [equation.mixed("has dims whose sizes the number of rows decides")]
     if not isinstance(state, PerRow):
         return [state]
     old, new = equation.shape(0), equation.out_shape()
@@ -192,8 +204,8 @@ def _dynamic_slice(equation: Equation, states: Sequence[State]) -> Sequence[Stat
     if mixed := first_mixed(states):
         return [mixed]
     state, *starts = states
-    if any(not isinstance(start, Constant | AlwaysZero) for start in starts):
-        return [equation.mixed("starts where rows say")]
+    if any(start not in (Constant(0), AlwaysZero()) for start in starts):
+        return [equation.mixed("starts where rows, or their number, say")]
     if isinstance(state, PerRow) and _is_cut(equation, state.dim):
         return [equation.mixed("takes some rows of the batch and leaves others")]
     return [state]
@@ -204,8 +216,8 @@ def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State
     if mixed := first_mixed(states):
         return [mixed]
     operand, update, *starts = states
-    if any(not isinstance(start, Constant | AlwaysZero) for start in starts):
-        return [equation.mixed("starts where rows say")]
+    if any(start not in (Constant(0), AlwaysZero()) for start in starts):
+        return [equation.mixed("starts where rows, or their number, say")]
     changed = {*equation.growing(0), *equation.growing(1)}
     if any(equation.shape(0)[d] != equation.shape(1)[d] for d in changed):
         if not isinstance(operand, AlwaysZero) or not isinstance(update, AlwaysZero):
