@@ -427,6 +427,7 @@ def test_parts_of_a_sum_over_rows_are_added_up(loss, options):
     step.self_check(state, {"x": x}).check()
 
 
+@pytest.mark.slow
 def test_a_certificate_of_a_sum_over_rows():
     def summed(params, batch, key):
         errors = ((batch["x"] @ params["w"] - 1) ** 2).sum(-1)

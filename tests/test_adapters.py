@@ -293,6 +293,7 @@ def tokens_model():
     return sk.from_linen(LinenBlock(), lambda y, _: (y**2).mean(), TOKENS, inputs="tokens")
 
 
+@pytest.mark.slow
 def test_names_shorter_than_the_rank_are_padded_as_jax_pads_a_spec():
     both = (sk.strategies.fsdp() | sk.strategies.tensor()).with_names(params={"kv": None})
     model, mesh = tokens_model(), sk.MeshSpec(fsdp=2, tensor=4).build()

@@ -36,7 +36,8 @@ OPTIONS = {
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
     "report": SHARED
-    | {"--why", "--target", "--chip", "--json", "--html", "--trace", "--profile", "--timeout"},
+    | {"--why", "--target", "--chip", "--json", "--html", "--trace", "--profile", "--timeout"}
+    | {"--mesh"},
     "convert": {"-h", "--help", "--debug", "--target-mesh", "--like", "--vocab-padding"},
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},

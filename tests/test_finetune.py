@@ -211,6 +211,7 @@ def test_a_key_draws_the_adapters_and_the_folder_has_the_rest():
     assert np.abs(lora["layers"]["query"]["a"]).max() > 0
 
 
+@pytest.mark.slow
 def test_a_tuning_on_codes_reads_the_folder_and_merges_what_it_computes():
     mesh, folder = _hf.make_mesh(_hf.EIGHT), _hf.ROOT / "llama"
     config = sk.hf.decoder_config(folder)

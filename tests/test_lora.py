@@ -178,9 +178,7 @@ def table_of_steps(*fast):
     ]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "options"), table_of_steps(("fsdp", "accumulate"), ("tensor", "plain"))
-)
+@pytest.mark.parametrize(("mesh", "options"), table_of_steps(("tensor", "plain")))
 def test_steps_equal_those_written_by_hand(mesh, options):
     step, params = make_step(MESHES[mesh], **OPTIONS[options]), randomized()
     state = check_equal(step, params, by_hand(loss_by_hand, params))

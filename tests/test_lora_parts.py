@@ -169,7 +169,7 @@ CELLS = {
         {"capacity": CAPACITY, "codes": True},
     ),
 }
-FAST = ("pipeline", "experts", "codes, gathered")
+FAST = ("experts",)
 
 
 def pipeline(**options):

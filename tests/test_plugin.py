@@ -63,6 +63,7 @@ def project(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_marked_tests_run_in_a_child_where_devices_are_few(project):
     code, text = project()
     assert code == 1

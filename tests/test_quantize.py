@@ -173,6 +173,7 @@ def test_codes_are_what_is_gathered(mode, kind, less):
     np.testing.assert_allclose(gradients["scale"], expected(plain["scale"]), 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_dequantized_weights_have_the_dtype_of_the_precision():
     mesh, plain = sk.MeshSpec(data=8).build(), plain_params()
     losses = []
@@ -185,6 +186,7 @@ def test_dequantized_weights_have_the_dtype_of_the_precision():
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_weights_of_ones_own_are_quantized_on_their_devices():
     mesh = sk.MeshSpec(data=2, fsdp=4).build()
     plain = jax.device_put(plain_params())

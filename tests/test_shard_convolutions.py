@@ -347,6 +347,7 @@ def test_every_convolution_has_the_gradient_of_one_device(kind):
         assert_kind_is_right(kind, layout, 2)
 
 
+@pytest.mark.slow
 def test_convolutions_in_loops_and_checkpoints_stay_apart():
     """Patches, then residual blocks without batch norm, scanned and recomputed."""
     row, _, _, patches = KINDS["patches"]

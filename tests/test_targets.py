@@ -146,6 +146,7 @@ def test_a_timeout_ends_the_child_and_what_it_started():
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_killed_caller_leaves_no_child_and_no_folder(tmp_path):
     asked = "compile_for(StepSource('tests._declared:forever'), 'cpu:2')"

@@ -247,6 +247,7 @@ def test_remat_recomputes_each_marked_layer_once_in_every_step():
     assert counted(plain.replace(strategy=layers.strategy)) == counted(layers)
 
 
+@pytest.mark.slow
 def test_a_jitted_model_is_verified():
     sizes = sk.MeshSpec(**MARKS["attention"][3])
     step = functools.partial(compiled, "attention", "jit", "full")
@@ -342,6 +343,7 @@ def test_a_context_is_part_of_the_key_of_traces_and_leaves_nothing_behind():
     assert traces == [(None, None), ("ab", None), ("abc", "c")]
 
 
+@pytest.mark.slow
 def test_equal_declarations_share_traces():
     traces = []
 
