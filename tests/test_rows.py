@@ -206,6 +206,7 @@ NUMBERED = {
 }
 
 
+KEY = jax.random.key(3)
 MEANS = {
     **{
         f"{name}, by number": (lambda p, x, k, loss=loss: loss(p, x), (X,))
@@ -236,6 +237,14 @@ MEANS = {
     "own number": (
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[jnp.arange(len(y)), y]),
         (X, LABELS),
+    ),
+    "class token": (
+        lambda p, x, k: jnp.mean((jnp.tile(p["w"][:1], (len(x), 1)) * mlp(p, x)) ** 2),
+        (X,),
+    ),
+    "closed-over key": (
+        lambda p, x, k: jnp.mean((mlp(p, x) * jax.random.normal(KEY, (4,))) ** 2),
+        (X,),
     ),
     "along axis": (
         lambda p, x, y, k: jnp.mean(jnp.take_along_axis(mlp(p, x), y[:, None], 1)),
@@ -735,6 +744,13 @@ OF_A_PART = {
         jax.lax.reduce_window(mlp(p, x), 0.0, jax.lax.add, (1, len(x) // 8 or 1), (1, 1), "SAME")
     ),
     "loop": counted_in_a_loop,
+    "strides": lambda p, x, k: jnp.mean(mlp(p, x)[:, :: max(1, len(x) // 16)].max(1)),
+    "strides of a part": lambda p, x, k: jnp.mean(mlp(p, x)[:, :: max(1, 8 // len(x))].max(1)),
+    "parts of columns": lambda p, x, k: jnp.mean(
+        jnp.split(mlp(p, x), [max(1, len(x) // 16)], 1)[1].max(1)
+    ),
+    "stacked": lambda p, x, k: jnp.mean(mlp(p, x)) + jnp.sum(jnp.stack([p["w"]] * len(x))),
+    "unstacked": lambda p, x, k: jnp.mean(mlp(p, x)) + jnp.sum(next(iter(x))),
     "groups": lambda p, x, k: jnp.mean(mlp(p, x).reshape(-1, 4, 4).mean(0) ** 2),
     "taken": lambda p, x, k: jnp.mean(mlp(p, jax.lax.dynamic_slice(x, (0, 0), (4, 4)))),
     "shifted": lambda p, x, k: jnp.mean(mlp(p, jnp.concatenate([x, x**2])[4 : 4 + len(x)])),
@@ -795,6 +811,30 @@ def test_what_parts_or_means_would_change_in_silence_is_refused(name):
             strategy=sk.strategies.data(),
             mode="shard_map",
         )
+
+
+def attended(p, x, k):
+    """Every row by itself: JAX squeezes the dim of a single row in products and brings it back."""
+    q = x[:, None, :, None] * p["w"][0]
+    scores = jax.nn.softmax(q @ q.swapaxes(-1, -2), -1)
+    return jnp.mean((scores @ q) ** 2)
+
+
+def test_products_of_a_part_of_one_row_are_no_squeeze():
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
+    step = sk.compile_step(
+        attended,
+        optax.sgd(0.1),
+        init=lambda key: W,
+        batch=x,
+        mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+        strategy=sk.strategies.data(),
+        mode="shard_map",
+    )
+    _, got = step.gradients(step.init(jax.random.key(0)), x)
+    np.testing.assert_allclose(
+        got["w"], jax.grad(lambda p: attended(p, x, None))(W)["w"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_weight_whose_gradient_is_stopped_is_a_weight():

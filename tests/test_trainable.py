@@ -284,3 +284,50 @@ def test_no_parameters_are_an_error_of_init():
 def test_forms_of_the_declaration(trainable):
     step = make_step({"data": 2}, trainable=trainable)
     assert step.layout.partition.frozen == {"base/up", "base/down", "table"}
+
+
+def test_a_pipeline_beside_one_frozen_array_has_the_gradients_of_one_device():
+    """Nothing but the layers is trained, and what is outside of them is a bare array."""
+    draw = np.random.default_rng(0).normal
+    params = {
+        "layers": {"w": (draw(size=(4, 8, 8)) / 3).astype("f")},
+        "table": draw(size=(8, 8)).astype("f"),
+    }
+    batch = draw(size=(8, 8)).astype("f")
+
+    def loss(params, batch, key):
+        return sk.nn.layer_stack(
+            lambda table, x, key: x @ table,
+            lambda w, x, batch, key: jnp.tanh(x @ w["w"]),
+            lambda table, x, batch: jnp.mean((x @ table) ** 2),
+            params["table"],
+            params["layers"],
+            batch,
+            key,
+        )
+
+    def by_hand(layers):
+        x = batch @ params["table"]
+        for w in layers["w"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean((x @ params["table"]) ** 2)
+
+    strategy = sk.strategies.pipeline(micro_batches=2) | sk.strategies.data()
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {
+            "layers": {
+                "w": sk.WithAxes(jnp.asarray(params["layers"]["w"]), ("layers", None, None))
+            },
+            "table": sk.WithAxes(jnp.asarray(params["table"]), (None, None)),
+        },
+        batch=batch,
+        mesh=sk.MeshSpec(pipe=2, data=2).build(devices=jax.devices()[:4]),
+        strategy=strategy,
+        trainable="layers/**",
+    )
+    metrics, got = step.gradients(step.init(jax.random.key(0)), batch)
+    value, want = jax.value_and_grad(by_hand)(params["layers"])
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(got["layers"]["w"], want["w"], rtol=1e-5, atol=1e-7)

@@ -42,7 +42,8 @@ class Mean:
 
     Attributes:
       total: f32[], the weighted sum; gradients flow through it.
-      weight: f32[] or an integer, the sum of weights, with no gradient. The mean is 0 if it is 0.
+      weight: f32[] or an integer, the sum of weights. One that depends on the parameters is
+        refused, unless its gradient is stopped. The mean is 0 if it is 0.
     """
 
     total: Scalar

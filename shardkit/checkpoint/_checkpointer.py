@@ -78,7 +78,7 @@ class Checkpointer:
         self._config = copy_plain(CheckpointError, headline, config=config)["config"]
         self._block: contextlib.ExitStack | None = None
         self._pending: PendingSave | None = None
-        self._copies: list[np.ndarray] = []
+        self._copies: list[np.ndarray | None] = []
         self._damaged: set[int] = set()
 
     def __enter__(self) -> Self:

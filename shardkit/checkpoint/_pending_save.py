@@ -41,7 +41,7 @@ class PendingSave:
         fields: Mapping[str, Any],
         axes: Mapping[str, tuple[str | None, ...]],
         retention: RetentionPolicy,
-        copies: list[np.ndarray],
+        copies: list[np.ndarray | None],
     ) -> None:
         """Copies the arrays and starts the thread.
 

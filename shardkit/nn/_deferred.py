@@ -37,7 +37,7 @@ class OpenCall:
       function: what was called.
       like: computes the same; see `call_open`.
       tree: structure of its arguments.
-      rest: those leaves of them that are no arrays, such as functions; None in place of arrays.
+      rest: those leaves of them that are no arrays, such as functions; `_ARRAY` in place of arrays.
       closed: arrays of the trace that the functions among them close over. In the program they are
         operands, before the arrays among the arguments.
     """
@@ -162,7 +162,16 @@ open_call_p.def_abstract_eval(lambda *operands, call, avals: list(avals))
 
 # A derivative or a `vmap` of the user's own around the call: it is made there as it was traced.
 def _jvp(primals: Any, tangents: Any, *, call: OpenCall, avals: Any) -> Any:
-    return jax.jvp(call.run, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def run(*values: jax.Array) -> list[Any]:
+        operands = list(primals)
+        for i, value in zip(moved, values, strict=True):
+            operands[i] = value
+        return call.run(*operands)
+
+    # Without tangents of zeros: what is not differentiated may be what must not be.
+    return jax.jvp(run, tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved))
 
 
 def _batch(operands: Any, dims: Any, *, call: OpenCall, avals: Any) -> Any:

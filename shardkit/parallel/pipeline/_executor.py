@@ -100,7 +100,7 @@ class StageExecutor:
         # tick 0 goes into the slot behind the last, which is never read.
         program = self.program
         columns = {name: jnp.asarray(table)[:, stage] for name, table in program.columns.items()}
-        branches = self._branches(message)
+        branches = self._branches(message, train)
         exchanges = [functools.partial(self._exchange, exchange) for exchange in program.exchanges]
         branch_counts = np.bincount(program.columns["branch"].flat, minlength=len(branches))
         exchange_counts = np.bincount(program.exchange, minlength=len(exchanges))
@@ -121,10 +121,10 @@ class StageExecutor:
         rows = columns | {"exchange": jnp.asarray(program.exchange)}
         return jax.lax.scan(tick, start, rows)[0]
 
-    def _branches(self, message: Any) -> list[Callable[..., Any]]:
+    def _branches(self, message: Any, train: bool) -> list[Callable[..., Any]]:
         """The function of each branch; branches that the table lacks compile to nothing."""
         functions = {
-            Branch.FORWARD: self._forward,
+            Branch.FORWARD: functools.partial(self._forward, train),
             Branch.BACKWARD: self._backward,
             Branch.INPUT: self._input_half,
             Branch.WEIGHT: self._weight_half,
@@ -136,7 +136,7 @@ class StageExecutor:
 
         return [_without_layout(functions.get(b, idle) if b in used else idle) for b in Branch]
 
-    def _forward(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
+    def _forward(self, train: bool, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
         first_key, _ = self.keys(row["micro"])
         x = self._cond(
             "first",
@@ -146,7 +146,7 @@ class StageExecutor:
             lambda: _read_slot(state.slots, row["input"]),
         )
         y = self._part(row)(self._weights(row), x)
-        if state.outer_grads is None:
+        if not train:
             outputs = self._cond(
                 "last",
                 Branch.FORWARD,

@@ -40,8 +40,8 @@ class Minimum:
     @property
     def unexplained(self) -> float:
         """Bytes beyond the minimum for which `excess` has no reason; 0 below 2 % of it."""
-        rest = self.wire - self.bytes - sum(size for _, size in self.excess)
-        return rest if rest > 0.02 * self.bytes else 0.0
+        unexplained = self.wire - self.bytes - sum(size for _, size in self.excess)
+        return unexplained if unexplained > 0.02 * self.bytes else 0.0
 
 
 def compute_minima(program: Program) -> tuple[Minimum, ...]:

@@ -107,12 +107,13 @@ def _spare_blocks(row: LedgerRow, rows: Sequence[LedgerRow]) -> float:
     In two directions at once XLA moves up to two more: over 4 devices 5 blocks where 3 would do.
     Products of one line share their names, so that 11 blocks are three products' and 2 more.
     """
-    if not row.windowed:
+    if not row.windowed or not row.runs or row.group < 2:
         return 0.0
     runs = [
         other.runs
         for other in rows
         if other.windowed
+        and other.runs
         and (other.op_name, other.payload_bytes) == (row.op_name, row.payload_bytes)
     ]
     blocks, ring = sum(runs) / min(runs), row.group - 1

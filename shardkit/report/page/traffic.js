@@ -69,7 +69,7 @@ function draw_traffic() {
     bound(report.ledger.problems),
     branched(report.ledger.rows),
     made.node,
-    ...report.minima.filter((one) => one.excess?.length || unexplained(one)).map(beyond),
+    ...report.minima.filter((one) => one.excess.length || unexplained(one)).map(beyond),
     by_sets(rows),
   );
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..._core.draws import trace_in_part
@@ -212,19 +213,28 @@ def _squeezed_problems(
     def squeezed(rows: int) -> int:
         sized = params, model_state, resize_rows(batch, dims, rows, count), key
         program = jax.make_jaxpr(objective)(*sized).jaxpr
-        found = (
-            e.params["dimensions"] for e in equations(program) if e.primitive.name == "squeeze"
-        )
-        return sum(map(len, found))
+        return sum(len(e.params["dimensions"]) for e in equations(program) if _is_squeeze(e))
 
     try:
-        of_one, of_two = squeezed(1), squeezed(2)
+        dims_of_one_row, dims_of_two_rows = squeezed(1), squeezed(2)
     except Exception as error:  # a user's code
         return [_written_for(count, 1, error, splits, dims)]
-    if of_one == of_two:
+    if dims_of_one_row == dims_of_two_rows:
         return []
     why = f"squeezes the rows away where there is one, and {splits} makes parts of one row"
     return [Problem("loss_fn", why, "jnp.squeeze(x, axis=...) with its axis, or more rows")]
+
+
+def _is_squeeze(equation: core.JaxprEqn) -> bool:
+    """Whether it is of `jnp.squeeze`: products squeeze batch dims of 1 too, and bring them back."""
+    if equation.primitive.name != "squeeze":
+        return False
+    traceback = equation.source_info.traceback
+    frames = traceback.frames if traceback else ()
+    return any(
+        frame.function_name == "squeeze" and frame.file_name.endswith("lax_numpy.py")
+        for frame in frames
+    )
 
 
 def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:

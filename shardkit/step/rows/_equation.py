@@ -122,19 +122,24 @@ def same_operation(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
         scalars = {k: v for k, v in eqn.params.items() if isinstance(v, int | float | str)}
         return {k: eqn.params.get(k) for k in (*scalars, *_DIMS) if k not in _SIZES}
 
-    return few.primitive is many.primitive and what(few) == what(many) and _same_by_dim(few, many)
+    sizes = [(len(eqn.invars), len(eqn.outvars)) for eqn in (few, many)]
+    same = few.primitive is many.primitive and sizes[0] == sizes[1] and what(few) == what(many)
+    return same and _same_by_dim(few, many)
 
 
 def _same_by_dim(few: core.JaxprEqn, many: core.JaxprEqn) -> bool:
-    pairs = [(few.params[name], many.params[name]) for name in _BY_DIM if few.params.get(name)]
+    pairs = [(few.params[name], many.params[name]) for name in _BY_DIM if name in few.params]
     if all(a == b for a, b in pairs):
         return True
     rank, growing = len(shape_of(few.invars[0])), _differing(few.invars[0], many.invars[0])
     fixed = [dim for dim in range(rank) if dim not in growing]
+    if few.primitive.name == "tile":  # one for all rows, once for each
+        fixed = [dim for dim in fixed if shape_of(few.invars[0])[dim] != 1]
 
     def alike(a: Any, b: Any) -> bool:
-        by_dim = len(a) == len(b) == rank
-        return a == b or (by_dim and all(a[dim] == b[dim] for dim in fixed))
+        if a == b or a is None or b is None:  # None: as if 1 stood for each dim
+            return a == b
+        return len(a) == len(b) == rank and all(a[dim] == b[dim] for dim in fixed)
 
     return all(alike(a, b) for a, b in pairs)
 

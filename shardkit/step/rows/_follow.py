@@ -79,9 +79,10 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
 def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     if jax.numpy.shape(few) != jax.numpy.shape(many):
         return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
+    is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
     if few is many:  # closed over: perhaps a table on many devices
-        return Constant() if jax.numpy.shape(few) or few != 0 else AlwaysZero()
-    if jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key):
+        return Constant() if is_key or jax.numpy.shape(few) or few != 0 else AlwaysZero()
+    if is_key:
         few, many = jax.random.key_data(few), jax.random.key_data(many)
     degree = rows.degree(few, many)
     zero = degree == 0 and jax.numpy.shape(few) == () and few == 0

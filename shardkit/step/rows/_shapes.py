@@ -249,6 +249,8 @@ def _split(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if not isinstance(state, PerRow) or state.dim != axis:
         if isinstance(state, Constant) and axis in equation.growing(0):
             return [equation.mixed(PICKS)] * len(sizes)
+        if axis not in equation.growing(0) and sizes != equation.many.params["sizes"]:
+            return [equation.mixed("has parts whose sizes the number of rows decides")] * len(sizes)
         return [state] * len(sizes)
     block = equation.n * state.inner
     if any(size % block for size in sizes):

@@ -71,7 +71,7 @@ class PerRow:
       inner: elements of each row, side by side.
       degree: each row's part grows as `n**degree`.
       role: `"values"`; or, of an `iota` over rows, `"index"`: the row's own number, `"shifted"`:
-        that plus a constant, `"test"`: whether it is negative. JAX's indexing makes these three of
+        that plus something, `"test"`: whether it is negative. JAX's indexing makes these three of
         `x[jnp.arange(n), labels]`; as data they would depend on a row's place in the batch.
     """
 
