@@ -150,7 +150,7 @@ class Reference:
             )
             for name, pair in pairs.items():
                 dtypes[name] = pair[0].dtype
-                pair = float(pair[0]), float(pair[1]) / self._powers.share(name)
+                pair = float(pair[0]), float(pair[1]) / self._powers.weight_divisor(name)
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair)
             micro_grads = jax.tree.map(lambda g, s=float(size): _to_f32(g) * s, micro_grads)
             grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
@@ -288,13 +288,13 @@ class Reference:
         self, params: Params, model_state: PyTree, batch: Batch, step_key: Key
     ) -> tuple[Scalar, Params]:
         """Loss and gradient of other parameters, while it is traced: for optimizers that ask."""
-        total, weight, share = jnp.zeros(()), jnp.zeros(()), self._powers.share("loss")
+        total, weight, divisor = jnp.zeros(()), jnp.zeros(()), self._powers.weight_divisor("loss")
         grads = jax.tree.map(jnp.zeros_like, self._trained(params))
         for rows, key in self._micro_batches(batch, step_key):
             (_, (pairs, size, model_state)), micro = self._loss_and_grads(
                 params, model_state, rows, key
             )
-            total, weight = total + pairs["loss"][0], weight + pairs["loss"][1] / share
+            total, weight = total + pairs["loss"][0], weight + pairs["loss"][1] / divisor
             micro = jax.tree.map(functools.partial(jnp.multiply, size), micro)
             grads = jax.tree.map(lambda x, y: x + y.astype(x.dtype), grads, micro)
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)

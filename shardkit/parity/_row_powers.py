@@ -50,18 +50,18 @@ class RowPowers:
 
         # Draws of their own change a mean by far less than a power of the number of parts; a count
         # of few hits they may double, but hardly in two parts.
-        found: list[dict[str, int | None]] = []
+        powers_of_parts: list[dict[str, int | None]] = []
         for part in range(2):
             first = np.arange(part, rows, parts)
             few, many = pairs_of(first), pairs_of(np.tile(first, parts))
-            found.append({name: _grown(few[name], many[name], parts) for name in few})
-        for name, power in found[0].items():
+            powers_of_parts.append({name: _grown(few[name], many[name], parts) for name in few})
+        for name, power in powers_of_parts[0].items():
             if self._powers.get(name) is None:
-                other = found[1][name]
-                told = None not in (power, other)
-                self._powers[name] = (power if power == other else 0) if told else None
+                other = powers_of_parts[1][name]
+                is_decided = None not in (power, other)
+                self._powers[name] = (power if power == other else 0) if is_decided else None
 
-    def share(self, name: str) -> int:
+    def weight_divisor(self, name: str) -> int:
         """What the weight of a part is divided by, so that parts of a sum are added up."""
         return self._parts ** (self._powers.get(name) or 0)
 
