@@ -109,7 +109,7 @@ DRAWS = SAMPLERS | PATTERNS
 REFUSED = {
     "binomial": "ends when rows say so",
     "multinomial": "ends when rows say so",
-    "permutation": "sorts rows",
+    "permutation": "sort picks rows by their place",
     "poisson": "takes no key of a part of the rows",
     "own key": "draws from a key that the loss makes itself",
     "own raw key": "draws from a key that the loss makes itself",

@@ -238,6 +238,10 @@ MEANS = {
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[jnp.arange(len(y)), y]),
         (X, LABELS),
     ),
+    "time by time": (
+        lambda p, x, k: jnp.mean(jax.lax.map(lambda i: mlp(p, x[:, i]), jnp.arange(3)) ** 2),
+        (SEQUENCE,),
+    ),
     "class token": (
         lambda p, x, k: jnp.mean((jnp.tile(p["w"][:1], (len(x), 1)) * mlp(p, x)) ** 2),
         (X,),

@@ -199,13 +199,21 @@ def _is_cut(equation: Equation, dim: int) -> bool:
     return equation.shape(0)[dim] != equation.out_shape()[dim]
 
 
+_STARTS = "starts where rows, or their number, say"
+
+
+def _says_rows(start: State) -> bool:
+    return start not in (Constant(0), AlwaysZero())
+
+
 @rule("dynamic_slice")
 def _dynamic_slice(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if mixed := first_mixed(states):
         return [mixed]
     state, *starts = states
-    if any(start not in (Constant(0), AlwaysZero()) for start in starts):
-        return [equation.mixed("starts where rows, or their number, say")]
+    # A dim that is taken whole starts at 0, whatever stands there: JAX's indexing puts 0 or n.
+    if any(_says_rows(s) and _is_cut(equation, dim) for dim, s in enumerate(starts)):
+        return [equation.mixed(_STARTS)]
     if isinstance(state, PerRow) and _is_cut(equation, state.dim):
         return [equation.mixed("takes some rows of the batch and leaves others")]
     return [state]
@@ -216,8 +224,9 @@ def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State
     if mixed := first_mixed(states):
         return [mixed]
     operand, update, *starts = states
-    if any(start not in (Constant(0), AlwaysZero()) for start in starts):
-        return [equation.mixed("starts where rows, or their number, say")]
+    cut = [dim for dim, n in enumerate(equation.shape(0)) if n != equation.shape(1)[dim]]
+    if any(_says_rows(starts[dim]) for dim in cut):
+        return [equation.mixed(_STARTS)]
     changed = {*equation.growing(0), *equation.growing(1)}
     if any(equation.shape(0)[d] != equation.shape(1)[d] for d in changed):
         if not isinstance(operand, AlwaysZero) or not isinstance(update, AlwaysZero):
