@@ -166,8 +166,10 @@ def _regroup(
     merged = tuple(start * before for start in outer)
     if any(start % after for start in merged):
         return [None] * len(new)
-    # A device's one element of a dim that begins here may be any of the whole dim.
-    whole = [None if size == 1 else (0,) * len(merged) for size in new[1:]]
+    # A device's one element of a dim that begins here may be any of the whole dim; and where one of
+    # the old dims may start anywhere, so may what it has become a part of.
+    begin = None if ANYWHERE in inner else (0,) * len(merged)
+    whole = [None if size == 1 else begin for size in new[1:]]
     first = None if new[0] == 1 else tuple(start // after for start in merged)
     return [first, *whole]
 
