@@ -732,6 +732,11 @@ def counted_in_a_loop(p, x, k):
     return jnp.sum(mlp(p, x)) / turns
 
 
+def every_other(y, is_so):
+    """Every other column, or all: then without strides, as JAX has it where all are 1."""
+    return jax.lax.slice(y, (0, 0), y.shape, (1, 2) if is_so else None)
+
+
 # Each takes 4 of the rows, which are all rows of a part of 4; or does something else with more.
 OF_A_PART = {
     "factor": lambda p, x, k: jnp.mean(mlp(p, x)) * jnp.where(len(x) >= 16, 1.0, 0.5),
@@ -748,8 +753,8 @@ OF_A_PART = {
         jax.lax.reduce_window(mlp(p, x), 0.0, jax.lax.add, (1, len(x) // 8 or 1), (1, 1), "SAME")
     ),
     "loop": counted_in_a_loop,
-    "strides": lambda p, x, k: jnp.mean(mlp(p, x)[:, :: max(1, len(x) // 16)].max(1)),
-    "strides of a part": lambda p, x, k: jnp.mean(mlp(p, x)[:, :: max(1, 8 // len(x))].max(1)),
+    "strides": lambda p, x, k: jnp.mean(every_other(mlp(p, x), len(x) >= 16).max(1)),
+    "strides of a part": lambda p, x, k: jnp.mean(every_other(mlp(p, x), len(x) < 16).max(1)),
     "parts of columns": lambda p, x, k: jnp.mean(
         jnp.split(mlp(p, x), [max(1, len(x) // 16)], 1)[1].max(1)
     ),
