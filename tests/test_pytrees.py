@@ -40,10 +40,13 @@ class Registered:
     down: Any
 
 
+# Other names of fields than `Registered` has: structures of two registered dataclasses whose
+# fields are named alike are equal in JAX, though their hashes differ. One call of a function under
+# `jax.jit` in some hundred gets the other class back then (optax.adamw, jax 0.10.2 to 0.12).
 @flax.struct.dataclass
 class Flax:
-    up: Any
-    down: Any
+    wide: Any
+    narrow: Any
 
 
 TREES = {
