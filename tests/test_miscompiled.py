@@ -201,6 +201,29 @@ def test_a_slice_for_each_device_beside_one_of_the_model_is_no_lost_order():
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+def test_patches_whose_rows_are_split_are_no_lost_order():
+    """XLA moves the one row of each device through a transpose that it leaves out."""
+    images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype("f")
+
+    def patches(params, batch, key):
+        x = batch["x"].reshape(4, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 4, 48)
+        return jnp.mean(jnp.tanh(jax.lax.with_sharding_constraint(x, P("d", None, "t")) @ params))
+
+    step = sk.compile_step(
+        patches,
+        optax.sgd(0.1),
+        init=lambda key: jnp.ones((48, 8)),
+        batch={"x": images},
+        mesh=sk.MeshSpec(d=2, t=4).build(),
+        strategy=sk.Strategy(params=sk.PathRules({"**": sk.REPLICATED}), batch=P("d")),
+    )
+    state = step.init(jax.random.key(0))
+    x = images.reshape(4, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(16, 48)
+    want = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w)))(jnp.ones((48, 8)))
+    got = step.gradients(state, {"x": images})[1]
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
+
+
 @pytest.mark.parametrize(
     ("source", "target", "starts", "want"),
     [
@@ -214,6 +237,8 @@ def test_a_slice_for_each_device_beside_one_of_the_model_is_no_lost_order():
         ((8, 1, 4), (8, 4), ((0, 0), (0, 0), (0, 0)), ((0, 0), (0, 0))),
         ((4, 1), (4,), ((0, 0), (0, 1)), (None,)),
         ((4,), (1, 4), ((0, 4),), (None, None)),  # [8] to [2, 4], or to [1, 8]
+        ((2, 4), (2, 1, 4), ((0, 0), (0, 4)), ((0, 0), None, None)),  # [2, 8] to one of these
+        ((2, 1, 4), (2, 4), ((0, 0), (0, 1), (0, 0)), (None, None)),  # to [4, 4], or to [2, 8]
         ((4,), (1, 4), ((0, 0),), (None, (0, 0))),
         ((4, 5), (4, 5), (None, (0, 5)), (None, (0, 5))),
     ],

@@ -207,7 +207,8 @@ class _Walk:
             if of.opcode == "all-gather" and moved == str(dim):
                 dims[dim] = gather(starts, shape.dims[dim], groups)
             elif starts is not None and differs_within(starts, groups):
-                if of.opcode != "all-gather":
+                # One element may be the dim of a contraction, over which each device had one.
+                if of.opcode != "all-gather" and shape.dims[dim] > 1:
                     self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
                 dims[dim] = None
             elif moved == str(dim):

@@ -132,8 +132,11 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
 
     A dim of one element on each device tells little: `[1, 4] → [4]` may be a reshape of the whole
     `[8, 4]`, or what is left of a sum over its 8 rows; `[4] → [1, 4]` may split a dim or add one.
-    Where every device has the first element, there is no other.
+    Where every device has the first element, there is no other. So `[2, 4] → [2, 1, 4]` may keep its
+    last dim or split it in two.
     """
+    if _loses_a_dim(parts, source, target):
+        return Parts((None,) * len(target))
     kept = [dim for dim, size in enumerate(source) if size > 1 or not _is_whole(parts.dims[dim])]
     parts, source = Parts(tuple(parts.dims[d] for d in kept)), [source[d] for d in kept]
     dims: list[Starts | None] = [None] * len(target)
@@ -142,10 +145,25 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
         starts = [parts.dims[dim] for dim in inside]
         for dim, moved in zip(outside, _regroup(starts, old, new), strict=True):
             dims[dim] = moved
+    if list(target).count(1) > source.count(1):
+        dims = [starts if starts is None or not any(starts) else None for starts in dims]
     if [size for size in source if size > 1] != [size for size in target if size > 1]:
         return Parts(tuple(dims))
     longer = iter(starts for starts, size in zip(parts.dims, source, strict=True) if size > 1)
     return Parts(tuple(dims), inserted=tuple(next(longer) if s > 1 else None for s in target))
+
+
+def _loses_a_dim(parts: Parts, source: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether one element of a split dim is gone, which may have become a part of any other dim.
+
+    A transpose moves it for nothing: `[8, 4, 1, 4, 4, 32] → [128, 128]` of patches, whose third dim
+    is split, may have it in its rows or in its columns. The outermost is taken to stay there.
+    """
+    split = [
+        s for s, size in zip(parts.dims, source, strict=True) if size == 1 and not _is_whole(s)
+    ]
+    stays = len(split) > 0 and source[0] == 1 and not _is_whole(parts.dims[0])
+    return len(split) - stays > list(target[1:]).count(1)
 
 
 def _is_whole(starts: Starts | None) -> bool:
@@ -204,6 +222,8 @@ def bitcast(parts: Parts, source: Instruction, target: Instruction) -> Parts:
     """Follows dims through a bitcast: a reshape of the dims in the order they have in memory."""
     before, after = _memory_order(source), _memory_order(target)
     old, new = source.shapes[0].dims, target.shapes[0].dims
+    if _loses_a_dim(parts, old, new):
+        return Parts((None,) * len(new))
     physical = Parts(tuple(parts.dims[dim] for dim in before))
     moved = reshape(physical, [old[d] for d in before], [new[d] for d in after])
 
