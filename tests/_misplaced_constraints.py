@@ -299,6 +299,24 @@ def nnx_scan(p, b, key):
     return jnp.mean(nnx.merge(STACK[0], p)(b["x"]) ** 2)
 
 
+def shard_map_by_columns(p, b, key):
+    h = jnp.tanh(b["x"] @ p["w"])
+    by_columns = {"in_specs": P(None, "data"), "out_specs": P(None, "data")}
+    h = jax.shard_map(lambda h: jnp.tanh(h) * 2, **by_columns)(h)  # shard_map_by_columns
+    return jnp.mean((h @ p["head"]) ** 2)
+
+
+def gates_by_length(p, b, key):
+    gates, x = jax.nn.sigmoid(b["x"] @ p["a"]), b["x"] @ p["b"]
+
+    def step(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    gates = pin(gates, P("data", "tensor", None))  # gates_by_length
+    _, h = jax.lax.associative_scan(step, (gates, x), axis=1)
+    return jnp.mean((h @ p["c"]) ** 2)
+
+
 UP, DOWN = (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)
 COLUMN, ROW = P(None, "tensor"), P("tensor", None)
 PAIR = {"up*": COLUMN, "down*": ROW, "**": sk.REPLICATED}
@@ -433,7 +451,12 @@ CONSTRAINTS = {
         later="parameter_gather",
     ),
     "transposed_logits": case(transposed_logits, HEAD, batch=LONG, finding="activation_gather"),
+    "shard_map_by_columns": case(shard_map_by_columns, HEAD, finding="gradient_gather"),
+    "gates_by_length": case(
+        gates_by_length, square("a", "b", "c"), batch=LONG, finding="resharding"
+    ),
     "nnx_scan": case(nnx_scan, batch=LONG, model=Stack, finding="activation_gather"),
 }
 # Products send more than the fault: sums over tensor, or what their rules ask for without it.
-BESIDE = """nnx_one_hot two_that_conflict keys_by_length norm_by_columns""".split()
+BESIDE = """nnx_one_hot two_that_conflict keys_by_length norm_by_columns
+    gates_by_length""".split()

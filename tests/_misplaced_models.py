@@ -183,6 +183,20 @@ def mask_split_by_keys(p, b, key):
     return jnp.mean(jnp.einsum("bthk,hkd->btd", out, p["o"]) ** 2)
 
 
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (3, 3), use_bias=False, name="a")(x)
+        x = jax.lax.with_sharding_constraint(x, P("data", None, None, "tensor"))  # channels_split
+        x = nn.relu(nn.GroupNorm(2, name="norm")(x))
+        return nn.Conv(32, (3, 3), use_bias=False, name="b")(x)
+
+
+def channels_split(p, b, key):
+    return jnp.mean(Normed().apply({"params": p}, b["x"]) ** 2)
+
+
+IMAGES = np.ones((16, 16, 16, 32), "f")
 BOTH = {"batch": "data", "embed": "tensor"}
 HEADS = {"q": (WIDTH, 8, 16), "k": (WIDTH, 8, 16), "v": (WIDTH, 8, 16), "o": (8, 16, WIDTH)}
 BY_HEADS = {"o": P("tensor"), "*": P(None, "tensor", None)}
@@ -325,6 +339,15 @@ MODELS = {
         ),
         finding="resharding",
     ),
+    "channels_split": Case(
+        channels_split,
+        {},
+        {"**": sk.REPLICATED},
+        {"x": IMAGES},
+        declared_by="the constraint at",
+        init=lambda key: Normed().init(key, IMAGES)["params"],
+        finding="gradient_gather",
+    ),
     "gate_split_otherwise": Case(
         gate_split_otherwise,
         {"up": UP, "gate": UP, "down": DOWN},
@@ -334,4 +357,4 @@ MODELS = {
 }
 # Here products send more than the fault: sums over tensor, as they should, or what follows from it.
 BESIDE_PRODUCTS = """residual_constrained_twice vmapped_heads logits_by_length mask_split_by_keys
-    hidden_whole_between_a_pair""".split()
+    hidden_whole_between_a_pair channels_split""".split()

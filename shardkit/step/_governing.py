@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.equations import source_of_equation
+from .._core.equations import is_written_in, source_of_equation
 from ..nn._constrain import constrain_p
 from ..report import GoverningConstraint, PlacedLeaf
 from ..rules import axes_of
@@ -21,6 +21,7 @@ _ELEMENTWISE = frozenset(
     reduce_precision rsqrt select_n shardkit_record sign sin sqrt square stop_gradient sub
     tanh""".split()
 )
+_SHARD_MAP = "shard_map"
 _MOST = 32
 
 
@@ -62,16 +63,16 @@ def _find_constraints(
     for eqn in jaxpr.eqns:
         for inner in core.jaxprs_in_params(eqn.params):
             yield from _find_constraints(inner, activations)
-        entries = _constrained_dims(eqn, activations)
-        source = source_of_equation(eqn) if entries is not None else None
-        if entries is not None and source is not None:
-            lines = frozenset(_lines_before(eqn.invars[0], made_by))
+        source = source_of_equation(eqn)
+        for value, result, entries in _constrained(eqn, activations) if source else ():
+            lines = frozenset(_lines_before(value, made_by))
             dims = tuple(
                 None if dim is PartitionSpec.UNCONSTRAINED else axes_of(dim) for dim in entries
             )
             known = tuple(dim for dim in dims if dim is not None)
-            governing = GoverningConstraint(source, known, lines, open=None in dims)
-            yield governing, eqn.outvars[0], dims, "transpose(" in str(eqn.source_info.name_stack)
+            is_open = None in dims or not _splits_all(eqn)
+            governing = GoverningConstraint(source, known, lines, open=is_open)
+            yield governing, result, dims, "transpose(" in str(eqn.source_info.name_stack)
 
 
 def _declared_leaves(jaxpr: core.Jaxpr, placed: Sequence[PlacedLeaf]) -> Iterator[Declared]:
@@ -98,15 +99,34 @@ def _lines_before(value: Any, made_by: dict[int, core.JaxprEqn]) -> Iterator[tup
             values += [v for v in eqn.invars if getattr(v.aval, "shape", ()) == value.aval.shape]
 
 
-def _constrained_dims(eqn: core.JaxprEqn, activations: Activations) -> tuple[Any, ...] | None:
-    """The entry of its spec for each dim of a constraint's array; None for other equations."""
+def _constrained(
+    eqn: core.JaxprEqn, activations: Activations
+) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
+    """What a constraint, or a `shard_map` of the user's, says of arrays.
+
+    Yields:
+      The array before, the array that is laid out so, and the entry of its spec for each dim.
+    """
+    layouts: list[tuple[Any, Any, Any]] = []
     if eqn.primitive is constrain_p and eqn.params["finer"] is None:
         spec = activations.spec(eqn.params["names"], eqn.params["inside"])
-    elif eqn.primitive.name == "sharding_constraint" and isinstance(
-        eqn.params["sharding"], NamedSharding
-    ):
-        spec = eqn.params["sharding"].spec
-    else:
-        return None
-    aval: Any = eqn.invars[0].aval
-    return (*spec, *[None] * (aval.ndim - len(spec)))
+        layouts = [(eqn.invars[0], eqn.outvars[0], spec)]
+    elif eqn.primitive.name == "sharding_constraint":
+        sharding = eqn.params["sharding"]
+        if isinstance(sharding, NamedSharding):
+            layouts = [(eqn.invars[0], eqn.outvars[0], sharding.spec)]
+    elif eqn.primitive.name == _SHARD_MAP and not is_written_in(eqn, "shardkit"):
+        taken = zip(eqn.invars, eqn.params["in_specs"], strict=True)
+        given = zip(eqn.outvars, eqn.params["out_specs"], strict=True)
+        layouts = [(v, v, spec) for v, spec in taken if not isinstance(v, core.Literal)]
+        layouts += [(v, v, spec) for v, spec in given]
+    for before, after, spec in layouts:
+        aval: Any = after.aval
+        yield before, after, (*spec, *[None] * (aval.ndim - len(spec)))
+
+
+def _splits_all(eqn: core.JaxprEqn) -> bool:
+    """Whether what a spec does not split is whole: not over axes that a `shard_map` leaves out."""
+    if eqn.primitive.name != _SHARD_MAP:
+        return True
+    return {*eqn.params["newly_manual_axes"]} == {*eqn.params["mesh"].axis_names}

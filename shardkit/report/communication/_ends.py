@@ -36,6 +36,7 @@ EXPLICIT = frozenset(
     psum_invariant psum_scatter ragged_all_to_all reduce_scatter""".split()
 )
 _HLO_PRODUCTS = frozenset({"dot", "convolution"})
+_MOVED = ("all-to-all", "collective-permute")
 _COMPUTED = ("forward", "backward", "recompute")
 _CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
 
@@ -140,6 +141,10 @@ class _EndsReader:
         for_loss = row.kind == "all-gather" and (not wanted or wanted.phase in _COMPUTED)
         if found is None and made and made.source and for_loss:
             found = find_governing(made.source, row.axes, governing, batch_axes)
+        # Nothing takes the whole of a dim: where one constraint alone splits it, that is the cause.
+        if found is None and made and made.phase in _COMPUTED and row.kind in _MOVED:
+            only = self._only_entry(row.axes)
+            found = only if only in self._constraint_lines else None
         return found or near
 
     def _entry(self, axes: tuple[str, ...], wanted: "_Operation") -> Source | None:
@@ -151,11 +156,14 @@ class _EndsReader:
         product = wanted.name in PRODUCTS and not splits_matrix(self._program, axes)
         if not product and wanted.phase != "update":
             return None
-        if axes not in self._entries:
-            self._entries[axes] = find_entry(self._program, axes)
-        entry = self._entries[axes]
+        entry = self._only_entry(axes)
         # What needs the whole of an array that a constraint splits is at odds with the constraint.
         return None if product and entry in self._constraint_lines else entry
+
+    def _only_entry(self, axes: tuple[str, ...]) -> Source | None:
+        if axes not in self._entries:
+            self._entries[axes] = find_entry(self._program, axes)
+        return self._entries[axes]
 
     def _argument(self, here: Computation, name: str) -> "PlacedLeaf | None":
         """The argument of the step that an array is another form of; None if it is computed."""

@@ -25,7 +25,7 @@ from ..communication._reductions import REDUCING
 from ..hlo._hlo import parse_shapes
 from ..memory._saved import splitting_axes
 from ._finding import Finding, bytes_by_source
-from ._row_axes import ParameterForms, Part, activation_parts, build_finding, is_moved
+from ._row_axes import COMPUTING, ParameterForms, Part, activation_parts, build_finding, is_moved
 
 _Wanted = Callable[[LedgerRow, int, Program], bool]
 
@@ -56,7 +56,11 @@ def gradient_gathers(program: Program, claimed: Collection[int]) -> Iterator[Fin
     stored = {k.axis for k in program.declared.kinds if {"weights", "optimizer_state"} & k.splits}
     over = {axis for row in program.ledger for axis in row.axes} - stored
     forms = _NoForms(program)
-    for axes, parts in activation_parts(program, claimed, _is_gradient, over, forms).items():
+    # The constraints that a step has for gradients are of no phase of the loss.
+    phases = (*COMPUTING, "other")
+    for axes, parts in activation_parts(
+        program, claimed, _is_gradient, over, forms, phases
+    ).items():
         names = ", ".join(axes)
         what = f"of gradients, computed in parts over {names} and gathered: their parameters are "
         what += "whole, and something that they are computed from is split"

@@ -124,6 +124,7 @@ def activation_parts(
     wanted: Callable[[LedgerRow, int, Program], bool],
     over: Collection[str] | None = None,
     forms: "ParameterForms | None" = None,
+    phases: Collection[str] = COMPUTING,
 ) -> dict[tuple[str, ...], list[Part]]:
     """Parts of rows that send activations over row axes, or over others, by their axes."""
     over = set(row_axes(program) if over is None else over)
@@ -135,7 +136,7 @@ def activation_parts(
         if row.by_optimizer or row.windowed or last_name(row.op_name) in EXPLICIT:
             continue
         for index, phase in enumerate(row.phases):
-            if phase in COMPUTING and wanted(row, index, program) and not forms.has(row, index):
+            if phase in phases and wanted(row, index, program) and not forms.has(row, index):
                 groups.setdefault(row.axes, []).append((number, row, index))
     return groups
 

@@ -13,6 +13,7 @@ T = TypeVar("T")
 Onward = Callable[[Instruction], Iterable[str]]
 
 _MOST_VISITED = 64
+_ONE_BY_ONE = frozenset({"all-reduce", "all-gather", "reduce-scatter", "collective-permute"})
 _SILENT = frozenset({"parameter", "constant", "after-all", "partition-id", "replica-id", "iota"})
 
 
@@ -52,10 +53,19 @@ def nearest(
 
 
 def producers(here: Computation) -> Onward:
-    """Names of an instruction's operands; for a `recv`, those of the matching `send`."""
+    """Names of an instruction's operands; for a `recv`, those of the matching `send`.
+
+    A collective of several arrays makes each of them of one: element 1 of `all-reduce(%a, %b)` is
+    made of `%b`.
+    """
 
     def operands(of: Instruction) -> Iterable[str]:
-        return sent_operands(of, here) if of.opcode == "recv" else of.operands
+        if of.opcode == "recv":
+            return sent_operands(of, here)
+        made = here.instructions.get(of.operands[0]) if of.opcode == "get-tuple-element" else None
+        if made and made.opcode in _ONE_BY_ONE and len(made.operands) == len(made.shapes) > 1:
+            return [made.operands[int(of.attrs["index"])]]
+        return of.operands
 
     return operands
 

@@ -132,8 +132,8 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
 
     A dim of one element on each device tells little: `[1, 4] → [4]` may be a reshape of the whole
     `[8, 4]`, or what is left of a sum over its 8 rows; `[4] → [1, 4]` may split a dim or add one.
-    Where every device has the first element, there is no other. So `[2, 4] → [2, 1, 4]` may keep its
-    last dim or split it in two.
+    Where every device has the first element, there is no other. So `[2, 4] → [2, 1, 4]` may keep
+    its last dim or split it in two.
     """
     if _loses_a_dim(parts, source, target):
         return Parts((None,) * len(target))
