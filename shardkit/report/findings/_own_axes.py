@@ -58,9 +58,8 @@ def gradient_gathers(program: Program, claimed: Collection[int]) -> Iterator[Fin
     forms = _NoForms(program)
     # The constraints that a step has for gradients are of no phase of the loss.
     phases = (*COMPUTING, "other")
-    for axes, parts in activation_parts(
-        program, claimed, _is_gradient, over, forms, phases
-    ).items():
+    gathered = activation_parts(program, claimed, _is_gradient, over, forms=forms, phases=phases)
+    for axes, parts in gathered.items():
         names = ", ".join(axes)
         what = f"of gradients, computed in parts over {names} and gathered: their parameters are "
         what += "whole, and something that they are computed from is split"
