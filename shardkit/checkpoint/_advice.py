@@ -33,10 +33,7 @@ def suggest_restore(
 ) -> str:
     """Returns calls of `restore` that keep every leaf that matches.
 
-    Args:
-      bad: paths of leaves that do not match, in the checkpoint, the state or both.
-      saved: leaves of the checkpoint.
-      wanted: abstract leaves of the state.
+    The `bad` paths are of those that do not match, in the checkpoint, the state or both.
     """
     calls = []
     rename, moved = _find_renames(bad, saved, wanted)

@@ -104,11 +104,7 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the pending save.
-
-        Raises:
-          CheckpointError: the save failed, and no other error ends the block.
-        """
+        """Waits for the pending save; raises its error unless another one ends the block."""
         block, self._block = self._block, None
         self._copies = []
         assert block is not None

@@ -87,9 +87,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step's folder.
 
-    Raises:
-      CheckpointCorruptedError: it is missing, truncated or changed.
-      CheckpointError: its format is newer, or older.
+    Raises CheckpointCorruptedError if it is missing, truncated or changed, CheckpointError if its
+    format is newer or older.
     """
     path = folder / MANIFEST
     try:

@@ -43,19 +43,10 @@ class PendingSave:
         retention: RetentionPolicy,
         copies: list[np.ndarray | None],
     ) -> None:
-        """Copies the arrays and starts the thread.
+        """Copies the arrays and starts the thread; raises CheckpointError if it cannot write.
 
-        Args:
-          root: folder of the steps.
-          step: number of this one.
-          leaves: `{path: array}`.
-          fields: the manifest's `data`, `config` and `metrics`.
-          axes: `{path: logical axes}`.
-          retention: applied once the step is complete.
-          copies: see `start_writing`.
-
-        Raises:
-          CheckpointError: the folder cannot be written.
+        `fields` are the manifest's `data`, `config` and `metrics`; `axes` the logical ones by path.
+        Old steps are deleted once this one is complete. For `copies` see `start_writing`.
         """
         self._root, self._step, self._retention = root, step, retention
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}

@@ -224,15 +224,7 @@ def _read_text(path: Path) -> dict[str, Any]:
 def find_missing(
     expected: Mapping[str, jax.ShapeDtypeStruct], present: Collection[str]
 ) -> dict[str, str]:
-    """Compares the files of a step with those that had to be written.
-
-    Args:
-      expected: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
-      present: files that were written, and are there.
-
-    Returns:
-      `{file: why it is missing}`.
-    """
+    """Returns `{file: why}` of files that a step's leaves must have, and that are not `present`."""
     missing = {}
     chunks = _choose_chunks(expected)
     for leaf, x in expected.items():

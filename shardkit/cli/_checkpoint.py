@@ -14,11 +14,7 @@ from ..checkpoint import Checkpointer, Manifest, SavedStep
 
 
 def list_step_folders(folder: Path) -> list[Path]:
-    """Returns the folders of complete steps in a run or its checkpoints, or of the given step.
-
-    Raises:
-      CheckpointError: there are none.
-    """
+    """The folders of complete steps in a run, or the given step; raises CheckpointError if none."""
     if (folder / "manifest.json").exists():
         return [folder]
     for root in (folder, folder / "checkpoints"):

@@ -44,11 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_compile(arguments: argparse.Namespace, source: StepSource, own: list[str]) -> None:
-    """Refuses to compile layouts of a function, or for chips that only the config knows.
-
-    Raises:
-      ConfigError: layouts are to be compiled, and cannot be.
-    """
+    """Raises ConfigError for layouts of a function, or for chips that only the config knows."""
     named = [name for name in own if f":{name}:" in arguments.target]
     why = "must be at least 0" if arguments.compile < 0 else ""
     if arguments.compile > 0 and source.is_function:

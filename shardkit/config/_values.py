@@ -35,14 +35,7 @@ def hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def parse(annotation: Any, text: str) -> Any:
-    """Parses a value of an annotated type.
-
-    Args:
-      annotation: type of the field.
-      text: what follows `=` on the command line.
-
-    Raises:
-      BadValue: the text is not of that type.
+    """Parses what follows `=` on the command line as an annotated type, or raises BadValue.
 
     >>> parse(int, "1_000"), parse(float | None, "none"), parse(tuple[float, float], "0.9,0.95")
     (1000, None, (0.9, 0.95))

@@ -137,14 +137,9 @@ _MARKED = [template for template in TEMPLATES.values() if template.name != "plai
 
 
 def choose_template(name: str | None, tokens: Mapping[str, int]) -> ChatTemplate:
-    """Returns the template of a name, or the one whose marks are tokens of a tokenizer.
+    """Returns the template of a name; for None the one whose marks are in `{token: id}`.
 
-    Args:
-      name: of the template; None to find it.
-      tokens: ids of the tokenizer's tokens by name.
-
-    Raises:
-      DataError: there is no such template, its marks are no tokens, or not exactly one fits.
+    Raises DataError if there is no such template, its marks are no tokens, or not exactly one fits.
     """
     headline = "The chats have no template."
     if name is None:

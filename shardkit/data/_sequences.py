@@ -193,15 +193,9 @@ def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def segment_ids_at(stream: Stream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns segment ids for positions of a stream, and the targets that stay in the document.
+    """Returns segment ids i32[n, length] of positions, and the targets that stay in the document.
 
-    Args:
-      stream: the documents.
-      positions: i64[n, length].
-
-    Returns:
-      i32[n, length], documents numbered from 1 in each row; and bool[n, length], whether the next
-      token belongs to the same document.
+    Documents are numbered from 1 in each row; targets are bool[n, length].
     """
     document = stream.document_at(positions)
     if stream.lead:

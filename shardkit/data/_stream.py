@@ -156,16 +156,10 @@ class Stream:
 
 
 def check_ids(file: TokenFile, tokens: np.ndarray, first: int, vocabulary: int) -> None:
-    """Checks that ids are in a vocabulary, and names the first that is not.
+    """Raises DataError with file, index and id of the first token that is not in a vocabulary.
 
-    Args:
-      file: that they come from.
-      tokens: some of its tokens.
-      first: index of the first of these in the file.
-      vocabulary: every id must be smaller.
-
-    Raises:
-      DataError: names file, index and id.
+    The `tokens` are some of the file's, from index `first`; each id must be smaller than
+    `vocabulary`.
     """
     info = np.iinfo(tokens.dtype)
     if not tokens.size or (info.min == 0 and info.max < vocabulary):

@@ -147,11 +147,7 @@ class FileTokenizer:
         return self._properties[2]
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Returns each document's ids, u32.
-
-        Raises:
-          DataError: a document is not UTF-8.
-        """
+        """Returns each document's ids, u32; raises DataError for one that is not UTF-8."""
         texts = [_decode_utf8(document) for document in documents]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
@@ -186,11 +182,7 @@ def load_tokenizer(tokenizer: str | None) -> Tokenizer:
 
 
 def load_fitting_tokenizer(config: DataConfig, vocabulary: int | None) -> Tokenizer:
-    """Loads the config's tokenizer; the model must have an id for each of its tokens.
-
-    Raises:
-      DataError: it cannot be loaded, or has more ids than `vocabulary`.
-    """
+    """Loads the config's tokenizer; raises DataError if the model has not an id for each token."""
     tokenizer = load_tokenizer(config.tokenizer)
     if vocabulary is not None and tokenizer.vocabulary > vocabulary:
         by_byte = isinstance(tokenizer, ByteTokenizer)

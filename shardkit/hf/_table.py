@@ -74,13 +74,9 @@ class LeafSource:
     def pieces(
         self, index: tuple[slice, ...]
     ) -> Iterator[tuple[str, tuple[slice, ...], tuple[Any, ...]]]:
-        """Yields the parts of a slice of the leaf that tensors hold, few rows at a time.
+        """Yields the parts that tensors hold of a slice of the leaf, of step 1, few rows at a time.
 
-        Args:
-          index: one slice of step 1 per dim of the leaf.
-
-        Yields:
-          A tensor's name, the slice of its `Pattern.view`, and where that is in the slice.
+        Each is a tensor's name, the slice of its `Pattern.view`, and where that is in the slice.
         """
         box: Box = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
         depth = len(self.shape) - len(self.inner)
@@ -144,15 +140,9 @@ def _table_problems(table: object) -> Iterator[Problem]:
 def find_sources(
     table: Table, leaves: Mapping[str, Any], padding: int
 ) -> tuple[dict[str, LeafSource], list[Problem]]:
-    """Finds the tensors of every leaf.
+    """Finds the tensors of every leaf; returns what is wrong with leaves that have none.
 
-    Args:
-      table: of the model.
-      leaves: `{path: abstract leaf or array}`.
-      padding: rows of every dim `v` that tensors lack.
-
-    Returns:
-      The source of each leaf, and what is wrong with leaves that have none.
+    Tensors lack `padding` rows of every dim `v`.
     """
     raise_all(CheckpointError, "A table of tensors cannot be read.", [*_table_problems(table)])
     rows = [(_compile(path), name, parse(text)) for path, (name, text) in table.items()]
@@ -187,11 +177,7 @@ def keeps_values(stored: Any, wanted: Any, may_round: bool) -> bool:
 
 
 def assign(array: np.ndarray, at: Any, values: np.ndarray, name: str) -> None:
-    """Sets a part of an array, rounded to its dtype.
-
-    Raises:
-      CheckpointError: a finite value becomes infinite or NaN; names the tensor.
-    """
+    """Sets a part of an array, rounded; raises CheckpointError where finite values overflow."""
     both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, values))
     if both_float and jnp.finfo(array.dtype).max < jnp.finfo(values.dtype).max:
         with np.errstate(over="ignore", invalid="ignore"):

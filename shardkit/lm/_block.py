@@ -73,10 +73,7 @@ def norm(
 def rope_angles(config: DecoderConfig, length: int, local: bool = False) -> Rotation:
     """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles.
 
-    Args:
-      config: the decoder's sizes and frequencies.
-      length: number of positions.
-      local: whether for the layers that see a window, where these turn in their own way.
+    Layers that see a window turn in a `local` way of their own.
     """
     c, head_dim = config, config.head_size
     own = c.local_rope_theta if local else None

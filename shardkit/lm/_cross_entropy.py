@@ -43,12 +43,7 @@ class LogitRule(NamedTuple):
     vocab: int | None = None
 
     def apply(self, logits: jax.Array, columns: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of tokens.
-
-        Args:
-          logits: f32[..., columns], the product.
-          columns: i32[columns], their numbers in the table; None for 0, 1, ….
-        """
+        """The logits f32[..., columns] of a product; `columns` are their numbers in the table."""
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.vocab is None:
@@ -57,12 +52,7 @@ class LogitRule(NamedTuple):
         return jnp.where(columns < self.vocab, logits, _NEVER)
 
     def gradient(self, g: jax.Array, logits: jax.Array) -> jax.Array:
-        """Returns the gradient of the product.
-
-        Args:
-          g: f32[..., columns], the gradient of the logits.
-          logits: f32[..., columns], a result of `apply`.
-        """
+        """The gradient of the product from that of logits f32[..., columns], made by `apply`."""
         if self.softcap is None:
             return g
         inner = jnp.maximum(logits, -self.softcap)  # of padding too

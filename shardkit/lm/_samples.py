@@ -35,12 +35,7 @@ class Sampler:
     strategy: Strategy
 
     def draw(self, step: CompiledStep, params: Params) -> bytes:
-        """Returns what the model writes; b"" without a tokenizer or prompts, or if none is asked.
-
-        Args:
-          step: the compiled step, on whose mesh it is computed.
-          params: `state.params`.
-        """
+        """Returns what the model writes; b"" without tokenizer or prompts, or if none is asked."""
         if not self.tuning.loop.sample:
             return b""
         params = self.tuning.merge(params)

@@ -58,14 +58,7 @@ class Summary(Callback):
     def __init__(
         self, sampler: Sampler, text: ScoredSource, config: TextTrainConfig, console: Console
     ) -> None:
-        """Declares what is scored.
-
-        Args:
-          sampler: samples from the model.
-          text: with its validation part.
-          config: whether to measure compressors, and whether there is a sample.
-          console: where the scores are shown.
-        """
+        """Declares what is scored; the config says if compressors are measured and a text drawn."""
         self.result: TrainResult | None = None
         self._sampler, self._text, self._config = sampler, text, config
         self._console = console

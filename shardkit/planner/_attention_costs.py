@@ -39,15 +39,10 @@ def attention_costs(
     shardings: Sequence[SymbolicSharding],
     width: float,
 ) -> AttentionCosts:
-    """Costs an attention whose operands begin with q, k and v.
+    """Costs the `method` of an attention; `shapes` and `shardings` are those of q and k.
 
-    Args:
-      name: of the operation, forward or backward.
-      causal: whether half of the logits are hidden.
-      method: `"ring"` or `"all_to_all"`.
-      shapes: of q and k.
-      shardings: of q and k.
-      width: bytes of an element.
+    `name` says whether it is forward or backward; `width` is bytes of an element. Of causal
+    attention half of the logits are hidden.
     """
     (q_BTNH, k_BSKH), (q, k) = shapes, shardings
     backward, axes = name == ATTENTION_BACKWARD, frozenset(q.dims[1])

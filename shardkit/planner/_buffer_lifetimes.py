@@ -70,9 +70,8 @@ class BufferLifetimes:
     def live_bytes(self, returned: int) -> list[SymbolicBytes]:
         """Bytes alive while each operation runs, without the program's arguments.
 
-        Args:
-          returned: how many of the results live to the end; a loop writes the others to their
-            places in stacked arrays as soon as they are computed.
+        The first `returned` results live to the end; a loop writes the others to their places in
+        stacked arrays as soon as they are computed.
         """
         last = len(self.flat.ops)
         for number in self.flat.outputs[:returned]:

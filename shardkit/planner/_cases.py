@@ -66,14 +66,9 @@ def estimate_cases(
     machine: Machine,
     batch_scale: float = 1.0,
 ) -> list[Candidate]:
-    """Estimates layouts that share the symbolic costs of one step.
+    """Estimates layouts that share the symbolic costs of a step under a remat policy.
 
-    Args:
-      costs: of the loss and gradient under `remat`.
-      remat: the policy.
-      cases: all in stages, or none.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
+    All are in stages, or none. Costs are as if the batch had `batch_scale` times its rows.
     """
     waits = np.zeros(len(cases))
     staged = [(c.sizes, c.batching) for c in cases if isinstance(c.batching, PipelineOptions)]

@@ -107,12 +107,8 @@ def estimate(
 ) -> Estimates:
     """Evaluates the costs of a step on every mesh with its accumulation, all of them at once.
 
-    Args:
-      costs: of one loss and gradient.
-      cases: `{axis: size}` and micro-batches, each.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
-      unreduced: bytes of each case's gradients in f32, unreduced over rows.
+    They are as if the batch had `batch_scale` times its rows. `unreduced` are bytes of each case's
+    gradients in f32, unreduced over rows.
     """
     shards = ShardCounts(cases, batch_scale)
     k = shards.micro_batches

@@ -54,12 +54,10 @@ class ProgramValues:
     def sharding_of(
         self, number: int | None, *, keep_partial: bool = False, reader: Op | None = None
     ) -> SymbolicSharding:
-        """Sharding of an operand; a partial sum is reduced first.
+        """Sharding of an operand, None for a literal.
 
-        Args:
-          number: of the value; None for a literal.
-          keep_partial: whether a partial sum stays one.
-          reader: operation that reads it, whose own layout decides where the sum is scattered.
+        A partial sum is reduced first, unless `keep_partial`. The layout of the operation that
+        reads it decides where the sum is scattered.
         """
         if number is None:
             return replicated(0)

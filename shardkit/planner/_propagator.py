@@ -64,18 +64,11 @@ class Propagator:
         loops: frozenset[str] = frozenset(),
         returned: int | None = None,
     ) -> tuple[list[SymbolicSharding], LiveBytes]:
-        """Propagates through a program.
+        """Propagates through a program that is executed `trips` times per micro-batch.
 
-        Args:
-          flat: the program.
-          ins: shardings of its arguments.
-          required: layouts that results must have.
-          trips: executions of the program per micro-batch.
-          loops: axes that divide the trips.
-          returned: number of results that live to the end; all by default.
-
-        Returns:
-          The sharding of each result, and the bytes alive at each operation.
+        Results must have the `required` layouts. Axes in `loops` divide the trips. `returned`
+        results, by default all, live to the end. Returns the sharding of each result, and the bytes
+        alive at each operation.
         """
         values = ProgramValues(
             flat, self.costs, tile_width=self.tile_width, trips=trips, loops=loops

@@ -123,8 +123,7 @@ class MarkedRegions:
 def probe_regions(attention: bool = True) -> AbstractContextManager[Any]:
     """Makes a loss record its regions while it is traced, and mark where experts' slots change.
 
-    Args:
-      attention: whether attention is traced as one operation.
+    Attention is then traced as one operation, if asked for.
     """
     overrides: dict[str, Override] = {"experts": _ExpertProbe("plan")}
     if attention:

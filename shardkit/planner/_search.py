@@ -168,11 +168,9 @@ class Search:
         return (costs for costs in self.costs.values() if isinstance(costs, StepCosts))
 
     def with_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
-        """The same search for rows of another length; None where the batch has no such dim.
+        """The same search for rows `factor` times as long; None where the batch has no such dim.
 
-        Args:
-          factor: how many times the length.
-          like: candidates whose families are searched, since each is traced anew.
+        Only families of the candidates `like` are searched, since each is traced anew.
         """
         model = self.resolver.model.with_length(self.lengths, factor)
         if model is None:

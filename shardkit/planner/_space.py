@@ -14,10 +14,7 @@ from ._costs import LENGTH, PIPE
 
 
 def searched_axes(experts: bool = False) -> tuple[str, ...]:
-    """Mesh axes that a plan searches over by default, in mesh order.
-
-    Args:
-      experts: whether the model has experts to divide.
+    """Mesh axes that a plan searches by default, in mesh order; with `experts` also theirs.
 
     >>> searched_axes()
     ('pipe', 'data', 'fsdp', 'context', 'tensor')

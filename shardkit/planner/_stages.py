@@ -120,15 +120,8 @@ def estimate_stages(
 ) -> tuple[Estimates, np.ndarray]:
     """Evaluates the costs of a step on every mesh with its pipeline, all of them at once.
 
-    Args:
-      costs: of one loss and gradient.
-      cases: `{axis: size}` and pipeline, each.
-      exact: exact bytes of each.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
-
-    Returns:
-      The estimates, and the seconds in which a stage waits for others: f64[cases].
+    They are as if the batch had `batch_scale` times its rows. Returns the estimates, and the
+    seconds in which a stage waits for others: f64[cases].
     """
     batchings = [(sizes, Accumulate(p.micro_batches)) for sizes, p in cases]
     shards = ShardCounts(batchings, batch_scale)

@@ -45,12 +45,7 @@ class StateBytes:
     def extra_sends(
         self, sizes: Mapping[str, int], batch_scale: float = 1.0
     ) -> Iterator[tuple[str, float]]:
-        """Mesh axis and bytes of each kind that sends what no propagation by axis names finds.
-
-        Args:
-          sizes: size of each mesh axis.
-          batch_scale: as if the batch had so many times its rows.
-        """
+        """Mesh axis and bytes of each kind that sends what no propagation by axis names finds."""
         device = DeviceBytes(sizes, self.batch * batch_scale, self.reduced, self.update_gather)
         for kind in self.strategy.kinds:
             if sizes.get(kind.axis, 1) > 1 and (sent := kind.extra_bytes(device)):

@@ -175,10 +175,9 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_port(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks in process 0 that the port of `JAX_COORDINATOR_ADDRESS` is free.
+    """Raises ProcessError in process 0 if the port of `JAX_COORDINATOR_ADDRESS` is taken.
 
-    Raises:
-      ProcessError: another program listens there; JAX would end by a segmentation fault.
+    JAX would end by a segmentation fault.
     """
     address = environment.get(_ADDRESS)
     if address is None or process_of_cluster(environment)[0] != 0:

@@ -68,11 +68,8 @@ class Coordinator:
     ) -> None:
         """Starts the thread.
 
-        Args:
-          listener: socket that the other processes connect to; None if there are none.
-          count: number of processes.
-          token: secret that a connection must present.
-          patience: seconds that the first process of a `gather` waits for the last.
+        The listener is None if there are no other processes; a connection must present the secret
+        token. The first process of a `gather` waits `patience` seconds for the last.
         """
         self._listener, self._count = listener, count
         self._token, self._patience = token, patience

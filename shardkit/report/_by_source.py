@@ -129,10 +129,9 @@ class BySource(Sequence[SourceCost]):
 
 
 def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySource:
-    """Groups the wire bytes of a ledger by source line.
+    """Groups the wire bytes of a ledger by source line; the sum over all lines is `ledger.total()`.
 
-    The bytes of a collective that combines arrays of several lines are divided among them in
-    proportion to the arrays. The sum over all lines is `ledger.total()`.
+    A collective of arrays of several lines is divided among them in proportion to the arrays.
     """
     lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
     for row, share in zip(ledger, named_shares(ledger, findings), strict=True):

@@ -79,14 +79,8 @@ class RunFolder:
     def save(self, done: int, state: Any, scores: Mapping[str, float]) -> None:
         """Starts saving a state in the background, unless it is saved already.
 
-        Args:
-          done: updates made.
-          state: to save.
-          scores: metrics of its evaluation, by which the best checkpoints are kept; one that is
-            not finite ranks no checkpoint.
-
-        Raises:
-          CheckpointError: this save or the one before fails, and `on_save_error` is `stop`.
+        The scores rank the best checkpoints; one that is not finite ranks none. Raises
+        CheckpointError if this save or the one before fails and `on_save_error` is `stop`.
         """
         checkpoints = self.checkpoints
         if checkpoints is None or done == self._newest:
@@ -98,11 +92,7 @@ class RunFolder:
         self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=finite))
 
     def finish_saving(self) -> str:
-        """Waits for the last save; returns a message about what is on the disk.
-
-        Raises:
-          CheckpointError: the last save failed.
-        """
+        """Waits for the last save; returns what is on disk, as text, or raises its error."""
         if self.checkpoints is None or not self._newest:
             return "No checkpoint was saved. Rerun the same command to start anew."
         self._handle_save_error(self.checkpoints.wait)

@@ -58,12 +58,7 @@ _CAUSES = ("compile", "init", "restore", "data", "lost", "idle", *_CAUSE_OF_KIND
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
-    """Adds up the rows of a metrics file.
-
-    Args:
-      rows: in the order of the file; the first one is a `start`.
-      now: seconds since 1970.
-    """
+    """Adds up the rows of a metrics file, of which the first is a `start`, until `now`."""
     overhead: dict[str, float] = dict.fromkeys(_CAUSES, 0.0)
     steps, began = 0.0, None
     for row in rows:

@@ -38,9 +38,8 @@ class LayoutRow:
 def layout_rows(tree: Any, limit: int = 14) -> list[LayoutRow]:
     """Groups the leaves of a pytree into rows, the most bytes per device first.
 
-    Args:
-      tree: arrays with shardings (`jax.Array` or `jax.ShapeDtypeStruct`).
-      limit: maximal number of rows; the smallest leaves share the last one.
+    The leaves are arrays with shardings (`jax.Array` or `jax.ShapeDtypeStruct`). Beyond `limit`
+    rows, the smallest leaves share the last one.
     """
     groups: dict[tuple[str, str, str], list[LayoutRow]] = {}
     for path, leaf in leaves_by_path(tree).items():

@@ -72,11 +72,7 @@ class MetricsFile:
         self.broken_lines = parse_rows(lines).broken
 
     def sync(self) -> None:
-        """Forces what was written onto the disk, before a checkpoint that relies on it.
-
-        Raises:
-          ConfigError: the disk refuses.
-        """
+        """Forces what was written onto the disk, for a checkpoint that relies on it."""
         if self._file is not None:
             with self._handle_errors():
                 os.fsync(self._file)

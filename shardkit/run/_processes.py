@@ -32,10 +32,8 @@ def leave_together(process_group: ProcessGroup) -> Iterator[None]:
 def create_folder(folder: Path) -> Path:
     """Creates a folder that did not exist: `folder`, or `folder-2`, `folder-3`, ….
 
-    `mkdir` is atomic, so two runs that start together never share one.
-
-    Raises:
-      ConfigError: no folder can be created there.
+    `mkdir` is atomic, so two runs that start together never share one. Raises ConfigError if it
+    fails.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -99,12 +99,7 @@ Evaluate = Callable[[Any, Any], Mapping[str, Any]]
 def as_source(data: Data, *, resumable: bool = True) -> DataSource:
     """Wraps a function or an iterable; a source is returned as it is.
 
-    Args:
-      data: in any of the three forms.
-      resumable: whether the run may resume, so that batches are read again from the first one.
-
-    Raises:
-      DataError: an iterator, which yields its batches once, in a run that may resume.
+    Raises DataError for an iterator, which yields its batches once, in a run that may resume.
     """
     if isinstance(data, DataSource):
         return data

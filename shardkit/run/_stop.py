@@ -115,16 +115,7 @@ class StopRequest:
         return self.signal is not None or self.why is not None
 
     def raise_for_signal(self, finish_saving: Callable[[], str]) -> None:
-        """Raises if a signal was received.
-
-        Args:
-          finish_saving: waits for the last save; returns a message about what is on the disk,
-            which is added as a note.
-
-        Raises:
-          KeyboardInterrupt: after Ctrl-C.
-          Stopped: after SIGTERM.
-        """
+        """Raises KeyboardInterrupt for Ctrl-C, Stopped for SIGTERM, noting what is saved."""
         try:
             self._raise()
         except (KeyboardInterrupt, Stopped) as stop:

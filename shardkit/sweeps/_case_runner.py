@@ -61,9 +61,7 @@ class CaseRunner:
     ) -> tuple[SweepRow, CompiledStep | None]:
         """Returns the row of a case, and its step if it is legal and was compiled here.
 
-        Args:
-          case: what to run.
-          old: its row of an earlier run, whose verdict holds if the code is the same.
+        The verdict of its old row holds if the code is the same.
         """
         blank = SweepRow(case, FAILED, self.compiler.device_info, provenance=read_provenance())
         try:
@@ -178,12 +176,7 @@ def is_done(row: SweepRow | None, *, prove: bool, timed: bool) -> bool:
 
 
 def is_verified(old: SweepRow | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether a row shows that just this code gives one device's numbers.
-
-    Args:
-      old: the row in the file, if any.
-      provenance: of this process.
-    """
+    """Whether a row of the file shows that just this code gives one device's numbers."""
     if old is None or old.status != OK or not (old.verified or {}).get("ok"):
         return False
     commit = provenance["commit"]

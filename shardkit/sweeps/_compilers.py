@@ -81,11 +81,7 @@ class LocalCompiler:
         return Network(chip) if chip else None
 
     def compile(self, case: SweepCase) -> CompiledCase:
-        """Builds the mesh, calls the factory and compiles its result.
-
-        Raises:
-          ShardkitError: the case is illegal, or the factory ignores an option of the case.
-        """
+        """Builds the mesh, calls the factory and compiles its result."""
         start = time.perf_counter()
         devices = None if case.devices == len(self.present) else self.present[: case.devices]
         mesh = case.mesh_spec.build(devices=devices)
@@ -123,11 +119,7 @@ class TargetCompiler:
         return Network.of(target) if target.chip else None
 
     def compile(self, case: SweepCase) -> CompiledCase:
-        """Declares the case in this process, so that its errors show at once, and runs a child.
-
-        Raises:
-          ShardkitError: the case is illegal, or its compiler crashed.
-        """
+        """Declares the case here, so that its errors show at once, and compiles it in a child."""
         start = time.perf_counter()
         spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
@@ -135,11 +127,7 @@ class TargetCompiler:
 
 
 def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
-    """Calls a factory for a case whose mesh another process builds.
-
-    Raises:
-      StepError: it does not return a `StepSpec`, or ignores an option of the case.
-    """
+    """Calls a factory for a mesh of another process; raises StepError unless it gives the case."""
     spec = factory(case.mesh_spec, accumulate=case.accumulate, remat=case.remat)
     if not isinstance(spec, StepSpec):
         why = f"returned {type(spec).__name__}; a compile elsewhere takes a StepSpec"
@@ -152,11 +140,7 @@ def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
 
 
 def present_devices(counts: Sequence[int]) -> Sequence[Any]:
-    """The process's devices, at least as many as the largest mesh has.
-
-    Raises:
-      SweepError: there are fewer.
-    """
+    """The process's devices; raises SweepError if they are fewer than the largest mesh has."""
     devices = jax.devices()
     problems = [
         Problem(f"devices={n}", f"this process has {count(len(devices), 'device')}")
@@ -185,15 +169,9 @@ def _compile(declared: Any, mesh: Mesh) -> CompiledStep:
 def check_factory_result(
     spec: StepSpec, case: SweepCase, sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Refuses a step that does not have the options of its case.
+    """Raises StepError with the options of a case that its factory ignores.
 
-    Args:
-      spec: the spec of the step.
-      case: the case.
-      sizes: of the mesh that it was compiled for; None if it is not compiled yet.
-
-    Raises:
-      StepError: naming the options that the factory ignores.
+    `sizes` are those of the mesh that it was compiled for; None if it is not compiled yet.
     """
     pairs = {
         "mesh": (case.sizes if sizes is None else dict(sizes), case.sizes),

@@ -86,11 +86,7 @@ def default_options(factory: Steps) -> tuple[int, str]:
 
 
 def make_child_source(factory: Steps, case: SweepCase) -> StepSource:
-    """The source from which a child process declares a case.
-
-    Raises:
-      SweepError: another process cannot import the factory by a name.
-    """
+    """The source that a child declares a case from; raises SweepError if it cannot import it."""
     options = {"mesh": case.sizes, "accumulate": case.accumulate, "remat": case.remat}
     arguments: dict[str, Any]
     if isinstance(factory, ConfigFactory):
@@ -112,11 +108,7 @@ def display_name(factory: Steps) -> str:
 
 
 def importable_name(factory: Factory) -> str:
-    """Returns `module:function`.
-
-    Raises:
-      SweepError: it is not a function at the top of an importable module.
-    """
+    """Returns `module:function`; raises SweepError unless a module has it at its top."""
     fix = "def factory(mesh, *, accumulate, remat) at the top of a module of its own"
     if isinstance(factory, SpecFactory):
         why = "is an object of this process; the child that compiles it imports it by name"

@@ -33,15 +33,10 @@ class Journal:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Opens a folder for a new sweep, or to resume one.
+        """Opens a folder for a new sweep, or to resume that of the same identity, as plain values.
 
-        Args:
-          folder: created if it does not exist.
-          identity: plain values that distinguish this sweep from others.
-
-        Raises:
-          SweepError: the folder holds other files or the rows of another sweep, another process
-            writes to it, or it cannot be written. The folder is not changed then.
+        Raises SweepError if the folder holds other files or the rows of another sweep, another
+        process writes to it, or it cannot be written. The folder is not changed then.
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)

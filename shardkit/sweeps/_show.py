@@ -17,14 +17,7 @@ _MESH = Column("mesh", most=24)
 def format_sweep(
     title: str, ranked: Sequence[SweepRow], unranked: Sequence[SweepRow], by: str
 ) -> str:
-    """Formats a sweep as text of at most 100 columns.
-
-    Args:
-      title: what was swept.
-      ranked: rows that are ok, the best first.
-      unranked: rows that are not.
-      by: what `ranked` is ranked by.
-    """
+    """Formats a sweep as text of at most 100 columns; `ranked` rows are ok, the best first."""
     lines = fold_text(title, _WIDTH)
     if ranked:
         lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(_WIDTH)]

@@ -289,11 +289,7 @@ def _title(factory: Steps, compiler: CaseCompiler) -> str:
 
 
 def _check_some_legal(swept: Sweep) -> None:
-    """Raises if no case was legal, with every distinct reason; the rows are written by then.
-
-    Raises:
-      SweepError: no case was legal.
-    """
+    """Raises SweepError with every distinct reason if no case was legal; the rows are written."""
     if any(row.status != ILLEGAL for row in swept.rows):
         return
     first: dict[str, SweepRow] = {}

@@ -47,12 +47,8 @@ def time_interleaved(
 ) -> dict[str, StepTimes]:
     """Times steps in the order A B C A B C …, with one state alive at a time.
 
-    Args:
-      steps: the steps, by name.
-      batches: host batch of each.
-      repeats: number of times that each is timed.
-      steps_per_repeat: timed updates of one repeat, after one that warms up; with `repeats` at
-        least 2 in all.
+    One repeat makes `steps_per_repeat` timed updates after one that warms up; with `repeats` at
+    least 2 in all.
     """
     times = {name: StepTimes() for name in steps}
     for _ in range(repeats):
@@ -83,15 +79,7 @@ def time_rows(
     repeats: int,
     steps_per_repeat: int,
 ) -> list[SweepRow]:
-    """Times compiled steps; returns their rows with the times, or with the error.
-
-    Args:
-      rows: key of a case → its row.
-      steps: key of a case → its step.
-      batches: host batches, of which the first is used; None for generated ones.
-      repeats: see `time_interleaved`.
-      steps_per_repeat: see `time_interleaved`.
-    """
+    """Times compiled steps on the first batch; returns their rows with the times or the error."""
     first = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
     times = time_interleaved(steps, first, repeats, steps_per_repeat)
     return [_add_times(rows[key], steps[key], times[key]) for key in times]

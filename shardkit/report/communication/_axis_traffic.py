@@ -46,16 +46,9 @@ def measure_traffic(
     minima: Sequence[Minimum] = (),
     reductions: Mapping[str, float] | None = None,
 ) -> tuple[AxisTraffic, ...]:
-    """Adds up what is sent over each mesh axis; the sum of `sent` is `ledger.total()`.
+    """Adds up what is sent over each mesh axis, in mesh order; `sent` sums to `ledger.total()`.
 
-    Args:
-      ledger: the collectives of a step.
-      splitting: mesh axes that split parameters.
-      minima: the textbook minima of axes.
-      reductions: axis that splits the batch → how often each gradient is reduced over it.
-
-    Returns:
-      An entry for each axis of the mesh, in its order; one more where collectives span no axis.
+    `splitting` are the axes that split parameters. "" is the axis of collectives that span none.
     """
     known = {minimum.axis: minimum for minimum in minima}
     return tuple(

@@ -49,12 +49,7 @@ class Links:
         return latency + sent / self.bandwidth(row.axes, row.kind == "collective-permute")
 
     def bandwidth(self, axes: Sequence[str], one_way: bool = False) -> float:
-        """Bytes/s that one device sends over mesh axes.
-
-        Args:
-          axes: the mesh axes, all at once.
-          one_way: in one direction of the ring, as a permute.
-        """
+        """Bytes/s that one device sends over mesh axes, all at once; one way as for a permute."""
         if self.uses_network(axes):
             return self.chip.network
         return self.chip.link if one_way else self.chip.rate(len(axes))

@@ -10,23 +10,12 @@ _FORMS = SAME | frozenset(
 
 
 def find_argument(module: Module, here: Computation, name: str) -> int | None:
-    """Finds the argument of the program that an array is another form, or a part, of.
+    """The number of the argument that an array is another form, or a part, of.
 
-    The state of a loop is its initial value, or what the body makes of it. A loop over layers
-    passes their stack on, and slices one layer, perhaps the next one ahead:
-
-        all-gather(fusion(state[3], i)) → dynamic-slice(state[3]) → initial[3] → parameter(7)
-
-    Args:
-      module: the compiled program.
-      here: the computation of the array.
-      name: of the instruction that produces it.
-
-    Returns:
-      The argument's number; None if it is unknown, or one of several.
-
-    Raises:
-      ComputedError: the array is a result of arithmetic.
+    None if it is unknown, or one of several; raises ComputedError for a result of arithmetic. The
+    state of a loop is its initial value, or what the body makes of it. A loop over layers passes
+    their stack on, and slices one layer, perhaps the next one ahead: `all-gather(fusion(state[3],
+    i)) → dynamic-slice(state[3]) → initial[3] → parameter(7)`.
     """
     arguments, visited = set[int | None](), set[Place]()
     pending = [Place(here.name, name)]

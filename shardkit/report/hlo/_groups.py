@@ -51,17 +51,10 @@ class Span:
 
 
 def read_groups(text: str, devices: int) -> list[np.ndarray]:
-    """Reads `replica_groups` in any printed form.
+    """Reads `replica_groups` in any printed form: i64[size] positions per group.
 
-    Args:
-      text: the attribute, as printed.
-      devices: number of devices; `{}` means one group of all.
-
-    Returns:
-      i64[size] positions per group.
-
-    Raises:
-      ValueError: the text has an unknown form, or its groups are not a partition of the devices.
+    `{}` is one group of all. Raises ValueError if the form is unknown, or the groups are not a
+    partition of the devices.
 
     >>> [list(map(int, g)) for g in read_groups("[4,2]<=[2,2,2]T(0,2,1)", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -102,10 +95,7 @@ def read_pairs(text: str) -> np.ndarray:
 
 
 def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
-    """Finds the mesh axes that the groups span.
-
-    Raises:
-      ValueError: a position is outside of the mesh.
+    """Finds the mesh axes that groups span; raises ValueError for a position outside of the mesh.
 
     >>> span = span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
     >>> span.axes, span.size, span.full_axes

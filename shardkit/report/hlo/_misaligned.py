@@ -75,11 +75,7 @@ def find_misaligned(
 ) -> tuple[Misaligned, ...]:
     """Walks a program from the parts that its arguments hold to those that its results must hold.
 
-    Args:
-      module: the parsed program.
-      arguments: of each entry parameter, in order.
-      results: of its first results, in order; they may be fewer than the program has.
-      devices: number of devices.
+    Both are in order; results may be fewer than the program has.
     """
     entry = module.computations.get(module.entry)
     if entry is None or len(entry.parameters) != len(arguments):

@@ -27,14 +27,9 @@ def nearest(
     tell: Callable[[Instruction], T | None],
     here: Computation,
 ) -> list[T]:
-    """What the nearest instructions tell that tell anything, in breadth-first order.
+    """What the nearest instructions to `names` tell that tell anything, in breadth-first order.
 
-    Args:
-      names: where to start.
-      onward: the neighbours to ask where an instruction tells nothing: `producers(here)` or
-        `consumers(here)`.
-      tell: what an instruction knows; None or "" if nothing.
-      here: their computation.
+    Where one tells nothing, its neighbours `onward` are asked.
     """
     level, visited = list(names), set[str]()
     told: list[T] = []

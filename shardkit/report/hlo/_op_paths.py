@@ -19,16 +19,10 @@ class OpPaths:
         self._path_of = also_in_fusions(lambda instruction: instruction.op_name, module)
 
     def of(self, instruction: Instruction, here: Computation) -> str:
-        """The path of the operands' producers; without any, that of the result's consumers.
+        """The path of the operands' producers; without any, that of the result's consumers; or "".
 
-        If an operand packs several arrays, its path is one of the phase that most of them have.
-
-        Args:
-          instruction: one without a path.
-          here: its computation.
-
-        Returns:
-          One path for all operands, or one for each, joined by ";" as in XLA; "" if there is none.
+        It is one path for all operands, or one for each, joined by ";" as in XLA. If an operand
+        packs several arrays, its path is one of the phase that most of them have.
         """
         operands = [name for name in instruction.operands if is_computed(name, here)]
         found = [self._nearest_path([name], producers(here), here) for name in operands]

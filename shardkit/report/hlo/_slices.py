@@ -88,11 +88,7 @@ class Slices:
         return dataclasses.replace(span, full_axes=full_axes)
 
     def read_span(self, send: Instruction) -> Span:
-        """Reads the mesh axes that a `send` between slices goes over.
-
-        Raises:
-          ValueError: its target has an unknown form.
-        """
+        """The mesh axes that a `send` between slices goes over; raises ValueError if unknown."""
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
         groups = _groups(send)
         span = span_of_groups(groups, grid)

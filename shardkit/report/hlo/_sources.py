@@ -31,19 +31,11 @@ class Place:
 
 
 def find_sources(module: Module, place: Place, forms: Collection[str] = SAME) -> Sequence[Place]:
-    """The same value one instruction earlier.
+    """The same value one instruction earlier: one place, or () if unknown.
 
-    Args:
-      module: the compiled program.
-      place: of the value.
-      forms: operations that keep the value, perhaps in another form.
-
-    Returns:
-      One place; for an element of a loop's state two: the initial value, and what the body makes
-      of it; () if unknown.
-
-    Raises:
-      ComputedError: the value is the result of an operation that is none of `forms`.
+    For an element of a loop's state two: the initial value, and what the body makes of it. Raises
+    ComputedError if the value is the result of an operation that is none of `forms`: those that
+    keep the value, perhaps in another form.
     """
     instruction = place.instruction(module)
     if instruction is None:

@@ -125,12 +125,10 @@ class Liveness:
     """
 
     def __init__(self, module: Module, platform: str, weights: frozenset[int]) -> None:
-        """Walks a program.
+        """Walks a program that is scheduled and was read without problems.
 
-        Args:
-          module: the program, scheduled and read without problems.
-          platform: decides which memory space is main memory.
-          weights: numbers of the arguments that are parameters.
+        `platform` decides which memory space is main memory; `weights` numbers the arguments that
+        are parameters.
         """
         self._module, self._platform = module, platform
         self._buffers: list[Buffer] = []

@@ -51,14 +51,9 @@ class MeasuredTimes:
 
 
 def read_profile(path: str | os.PathLike[str], ledger: Ledger) -> MeasuredTimes:
-    """Reads the times of a step's collectives.
+    """Reads the times of a step's collectives: of an `.xplane.pb` file, or a folder's newest one.
 
-    Args:
-      path: an `.xplane.pb` file, or the folder that the profiler wrote to: its newest one.
-      ledger: the collectives of the step that was profiled.
-
-    Raises:
-      ReportError: there is no profile, or it has no run of this step.
+    Raises ReportError if there is no profile, or none with a run of this step.
     """
     file = find_profile(path)
     names = {row.name for row in ledger}
@@ -105,11 +100,7 @@ def _refuse(path: Path, why: str, fix: str) -> ReportError:
 
 
 def _read_events(file: Path) -> list[tuple[_Run, str, float]]:
-    """Returns the run, the instruction and the seconds of each event of an HLO instruction.
-
-    Raises:
-      ReportError: the file is not a profile.
-    """
+    """The run, instruction and seconds of each HLO event; raises ReportError for no profile."""
     try:
         planes = list(ProfileData.from_file(str(file)).planes)
     except (RuntimeError, ValueError) as error:

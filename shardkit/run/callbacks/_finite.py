@@ -38,11 +38,7 @@ class FiniteCheck(Callback):
             self._state, self._batches = state, {step: batch, **before}
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Checks every metric, or counts the update if the step skipped it.
-
-        Raises:
-          StepError: a metric is not finite, or too many updates in a row were skipped.
-        """
+        """Raises StepError for a metric that is not finite, or too many skips in a row."""
         if SKIPPED in metrics.values and not self._stops:
             return self._count(metrics)
         bad = {name: x for name, x in metrics.values.items() if not math.isfinite(x)}
