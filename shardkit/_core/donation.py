@@ -5,7 +5,7 @@ from typing import NoReturn
 import jax
 from jax import core
 
-from .errors import Problem, StateError, StepError, format_problems, raise_all
+from .errors import Problem, StateError, StepError, raise_all
 from .tree import flatten_tree, path_str
 from .types import PyTree
 
@@ -52,6 +52,5 @@ def check_untraced(error: Exception) -> None:
 
 def _raise_traced(subject: str, why: str) -> NoReturn:
     headline = "A step cannot be called inside of a transformation of JAX."
-    problem = Problem(subject, f"{why}: a step is a compiled program of its own")
     fix = "call the step in a Python loop, outside of jit, grad, vmap and scan"
-    raise StepError(format_problems(headline, [problem], fix))
+    raise StepError.of(headline, subject, f"{why}: a step is a compiled program of its own", fix)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .errors import Problem, StepError, did_you_mean, raise_all
 from .types import PyTree
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -129,8 +129,7 @@ def parse_precision(name: "str | Precision") -> Precision:
     if name in _NAMED:
         return _NAMED[name]
     why = f"unknown policy; known: {', '.join(_NAMED)}." + did_you_mean(name, _NAMED)
-    problem = Problem(f"precision={name!r}", why)
-    raise StepError(format_problems("Unknown precision.", [problem], 'precision="bfloat16"'))
+    raise StepError.of("Unknown precision.", f"precision={name!r}", why, 'precision="bfloat16"')
 
 
 def policy_dtype(own: Any, dtype: str | None) -> np.dtype:

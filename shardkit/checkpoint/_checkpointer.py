@@ -173,8 +173,8 @@ class Checkpointer:
         ranked = (metrics, Mapping[str, float] | None)
         check_arguments(CheckpointError, headline, step=(step, int), metrics=ranked)
         if step < 0:
-            problem = Problem(f"step={step}", "is not a number of updates", "step=0")
-            raise CheckpointError(format_problems(headline, [problem]))
+            why = "is not a number of updates"
+            raise CheckpointError.of(headline, f"step={step}", why, "step=0")
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         plain = copy_plain(CheckpointError, headline, data=data, metrics=numbers)
         check_not_donated(state, "state", "A donated state cannot be saved.")
@@ -294,8 +294,7 @@ class Checkpointer:
             why = "is empty" if self.folder.is_dir() else "is not a folder"
             fix = "the folder of the Checkpointer that saved"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        problem = Problem(str(self.folder), why, fix)
-        raise CheckpointError(format_problems(f"There is {what}.", [problem]))
+        raise CheckpointError.of(f"There is {what}.", str(self.folder), why, fix)
 
     def _suggest_fix(self, damaged: int) -> str:
         """Returns the steps that can be restored instead of a damaged one."""

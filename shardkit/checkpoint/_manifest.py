@@ -183,6 +183,4 @@ def _describe_cause(error: OSError | ValueError | RecursionError) -> str:
 
 
 def _make_error(path: Path, why: str) -> CheckpointCorruptedError:
-    return CheckpointCorruptedError(
-        format_problems("The checkpoint is damaged.", [Problem(str(path), why)])
-    )
+    return CheckpointCorruptedError.of("The checkpoint is damaged.", str(path), why)

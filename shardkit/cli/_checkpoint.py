@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError
 from .._core.io._console import make_console, print_table
 from .._core.io._files import local_path
 from .._core.io._table import Table
@@ -23,8 +23,7 @@ def list_step_folders(folder: Path) -> list[Path]:
     names = sorted(path.name for path in folder.glob("*"))[:4]
     why = f"holds {', '.join(names)}" if names else "is empty, or not a folder"
     fix = "the folder of a run, its checkpoints/ or one checkpoints/step-…"
-    problem = Problem(str(folder), why, fix)
-    raise CheckpointError(format_problems("There is no checkpoint.", [problem]))
+    raise CheckpointError.of("There is no checkpoint.", str(folder), why, fix)
 
 
 def run(arguments: argparse.Namespace) -> int:

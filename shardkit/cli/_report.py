@@ -93,8 +93,7 @@ def _compile_report(source: StepSource, arguments: argparse.Namespace) -> Report
     if arguments.trace and Target.parse(target).kind == "cpu" and not arguments.chip:
         why = f"draws the modelled time, and {target} has none: simulated devices have no speed"
         fix = f"shardkit report {source.name} --target {target} --chip v5p --trace FILE"
-        problem = Problem(f"--trace {arguments.trace}", why, fix)
-        raise ConfigError(format_problems("No time is modelled.", [problem]))
+        raise ConfigError.of("No time is modelled.", f"--trace {arguments.trace}", why, fix)
     chip = _find_chip(arguments.chip, source)
     errors = make_console(stderr=True)
     task = f"compiling for {target}"
@@ -149,19 +148,19 @@ def _find_chip(name: str | None, source: StepSource) -> Chip | None:
 def _default_target(source: StepSource) -> str:
     if source.is_function:
         why = "is a function, which declares no devices"
-        problem = Problem(source.name, why, f"shardkit report {source.name} --target cpu:8")
-        raise ConfigError(format_problems("The target is missing.", [problem]))
+        fix = f"shardkit report {source.name} --target cpu:8"
+        raise ConfigError.of("The target is missing.", source.name, why, fix)
     return load_config(source.name or None, list(source.overrides)).devices
 
 
 def _read_report(name: str) -> Report:
     file = local_path(name, ConfigError, "The report cannot be read.")
     if not file.is_file():
-        problem = Problem(name, "does not exist", "shardkit report CONFIG --json FILE")
-        raise ConfigError(format_problems("The report cannot be read.", [problem]))
+        fix = "shardkit report CONFIG --json FILE"
+        raise ConfigError.of("The report cannot be read.", name, "does not exist", fix)
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError:
-        problem = Problem(name, "is not text", "shardkit report CONFIG --json FILE")
-        raise ReportError(format_problems("The file is not a report.", [problem])) from None
+        fix = "shardkit report CONFIG --json FILE"
+        raise ReportError.of("The file is not a report.", name, "is not text", fix) from None
     return Report.from_json(text)

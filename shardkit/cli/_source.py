@@ -48,5 +48,4 @@ def _local_devices(devices: int, target: str) -> int:
     why = f"has {devices} devices for {count} processes"
     why += f" of {declared} each" if declared is not None else ""
     fix = f"--set devices=cpu:{(declared or max(1, devices // count)) * count}"
-    problem = Problem(f"devices={target}", why, fix)
-    raise MeshError(format_problems("The devices do not divide.", [problem]))
+    raise MeshError.of("The devices do not divide.", f"devices={target}", why, fix)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import Problem, SweepError, format_problems, raise_all
+from .._core.errors import Problem, SweepError, raise_all
 from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
@@ -118,6 +118,5 @@ def _parse_numbers(option: str, text: str | None) -> list[int]:
 def _check_plots(arguments: argparse.Namespace) -> None:
     """Refuses plots without a library to draw them, before hours of compiling."""
     if arguments.plots and importlib.util.find_spec("matplotlib") is None:
-        problem = Problem("--plots", "matplotlib is not installed")
         fix = 'pip install "shardkit[plot]"'
-        raise SweepError(format_problems("Nothing can be drawn.", [problem], fix))
+        raise SweepError.of("Nothing can be drawn.", "--plots", "matplotlib is not installed", fix)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, ShardingError, VerificationError, count, format_problems
+from .._core.errors import ShardingError, VerificationError, count
 from .._core.io._console import make_console, show_task
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.mesh:
         meshes += default_meshes(tuple(config.mesh.axes), factory, odd_only=True)
     if not meshes:
-        problem = Problem("--mesh", "no mesh fits this model", _suggest_mesh(config))
-        raise VerificationError(format_problems("No mesh can be verified.", [problem]))
+        why = "no mesh fits this model"
+        raise VerificationError.of("No mesh can be verified.", "--mesh", why, _suggest_mesh(config))
     batches = make_ragged_batches(config)
     with show_task(errors, f"comparing {count(len(meshes), 'mesh')} with one device"):
         report = verify(factory, meshes, batches=batches, steps=arguments.steps)

@@ -7,7 +7,7 @@ turn, and the marks that its tokenizer must have as single tokens.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from .._core.errors import DataError, Problem, did_you_mean, format_problems
+from .._core.errors import DataError, did_you_mean
 from ._json_lines import Turn
 
 Spans = list[tuple[int, int]]
@@ -148,17 +148,15 @@ def choose_template(name: str | None, tokens: Mapping[str, int]) -> ChatTemplate
             return fitting[0]
         known = ", ".join(t.name for t in fitting) or "none"
         why = f"is not set, and the tokenizer has the marks of {known} of {', '.join(TEMPLATES)}"
-        raise DataError(format_problems(headline, [Problem("data.template", why)], _FIX))
+        raise DataError.of(headline, "data.template", why, _FIX)
     if name not in TEMPLATES:
         why = f"is not one of {', '.join(TEMPLATES)}.{did_you_mean(name, TEMPLATES)}"
-        problem = Problem(f"data.template={name}", why)
-        raise DataError(format_problems(headline, [problem], _FIX))
+        raise DataError.of(headline, f"data.template={name}", why, _FIX)
     template = TEMPLATES[name]
     missing = [mark for mark in template.marks if mark not in tokens]
     if missing and template in _MARKED:
         why = f"needs {', '.join(missing)} as tokens, and the tokenizer has none of that name"
-        problem = Problem(f"data.template={name}", why)
-        raise DataError(format_problems(headline, [problem], _FIX))
+        raise DataError.of(headline, f"data.template={name}", why, _FIX)
     return template
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, count, format_problems
+from .._core.errors import DataError, Problem, count
 from ._chat_template import ChatTemplate, Spans
 from ._json_lines import Example, raise_some
 from ._sequences import TokenBatch, pack_best_fit
@@ -129,8 +129,7 @@ def fit_examples(
         raise_some("Examples are longer than a row.", problems, fix)
     if not fitting:
         why = f"has {len(changed[0].ids):,} tokens; a row has {length:,} + 1, and none fits"
-        problem = Problem(changed[0].where, why)
-        raise DataError(format_problems("Every example is longer than a row.", [problem], fix))
+        raise DataError.of("Every example is longer than a row.", changed[0].where, why, fix)
     return fitting, changed
 
 
@@ -151,8 +150,8 @@ def split_examples(
         parts[digest <= last].append(example)
     if not parts[0]:
         why = f"is one of {count(len(examples), 'example')} that are all for validation"
-        problem = Problem(examples[0].where, why, "two different examples at least")
-        raise DataError(format_problems("No example is left to train on.", [problem]))
+        fix = "two different examples at least"
+        raise DataError.of("No example is left to train on.", examples[0].where, why, fix)
     return parts
 
 

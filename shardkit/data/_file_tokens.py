@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 
 
 class FileTokens:
@@ -75,7 +75,7 @@ class FileTokens:
     def _error(self, why: str) -> DataError:
         fix = "the file as it was; then rerun the same command to resume"
         headline = "The data has changed during the run."
-        return DataError(format_problems(headline, [Problem(str(self._path), why, fix)]))
+        return DataError.of(headline, str(self._path), why, fix)
 
 
 def _identity(file: int) -> tuple[int, int]:

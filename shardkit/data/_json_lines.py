@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import DataError, Problem, count, format_problems, raise_all
+from .._core.errors import DataError, Problem, count, raise_all
 from .._core.io._files import check_regular, local_path, os_errors_as
 
 ANSWERS = ("assistant", "completion", "text")
@@ -84,7 +84,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
                 problems.append(Problem(where, str(error)))
     raise_some(_HEADLINE, problems, _FIX)
     if not examples:
-        raise DataError(format_problems(_HEADLINE, [Problem(str(root), "has no example")], _FIX))
+        raise DataError.of(_HEADLINE, str(root), "has no example", _FIX)
     return examples
 
 
@@ -103,7 +103,7 @@ def _list_files(root: Path) -> list[Path]:
     files = sorted(file for file in root.iterdir() if file.suffix in _SUFFIXES)
     if not files:
         why = f"holds no file that ends in {', '.join(_SUFFIXES)}"
-        raise DataError(format_problems(_HEADLINE, [Problem(str(root), why)], _FIX))
+        raise DataError.of(_HEADLINE, str(root), why, _FIX)
     return files
 
 
@@ -118,8 +118,8 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                problem = Problem(where, f"is not UTF-8: {error.reason}")
-                raise DataError(format_problems(_HEADLINE, [problem], _FIX)) from None
+                why = f"is not UTF-8: {error.reason}"
+                raise DataError.of(_HEADLINE, where, why, _FIX) from None
             if text:
                 yield where, text
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 from .._core.row_dims import RowDims, with_dim
 from .._core.types import Batch, PyTree
 from ..rules import axes_of, format_mesh, shard_count
@@ -60,8 +60,7 @@ def process_rows(
     if rows % shards:
         why = f"do not split {shards} ways, over {axes_of(axes)} of mesh {format_mesh(mesh.shape)}"
         fix = f"batch={max(1, round(rows / shards)) * shards}"
-        problem = Problem(f"batch of {rows} rows", why, fix)
-        raise DataError(format_problems(_HEADLINE, [problem]))
+        raise DataError.of(_HEADLINE, f"batch of {rows} rows", why, fix)
     local = np.zeros(rows, bool)
     indices = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((rows,))
     for device, (index,) in indices.items():
@@ -70,8 +69,8 @@ def process_rows(
     if not local.any():
         processes = sorted({process_of(device) for device in mesh.devices.flat})
         why = f"has no device in mesh {format_mesh(mesh.shape)}; processes {processes} have"
-        problem = Problem(f"process {process}", why, "MeshSpec(...).build() over all devices")
-        raise DataError(format_problems(_HEADLINE, [problem]))
+        fix = "MeshSpec(...).build() over all devices"
+        raise DataError.of(_HEADLINE, f"process {process}", why, fix)
     return np.flatnonzero(local)
 
 

@@ -105,8 +105,7 @@ def list_shards(path: str | Path) -> list[Path]:
         _check_is_no_run(root)
         why = f"holds {count(len(shards), 'token shard')} (.bin, .npy) and {_list_some(others)}."
         fix = "--set data.path=FOLDER with nothing else in it, or the path of one shard"
-        problem = Problem(str(root), why, fix)
-        raise DataError(format_problems("The folder is neither text nor tokens.", [problem]))
+        raise DataError.of("The folder is neither text nor tokens.", str(root), why, fix)
     return [root / name for name in shards]
 
 
@@ -176,14 +175,13 @@ def _make_corpus(
     train = [text for text in train if text]
     validation = [text for text in validation if text]
     if not train and not validation:
-        problem = Problem(source, "holds no bytes.", _USE_TEXT)
-        raise DataError(format_problems("The corpus is empty.", [problem]))
+        raise DataError.of("The corpus is empty.", source, "holds no bytes.", _USE_TEXT)
     if not train or not validation:
         empty, files = ("validation", train) if train else ("training", validation)
         why = f"{count(len(files), 'file')} fell into the other part at "
         why += f"data.validation_fraction={fraction:g}."
-        problem = Problem(source, why, "--set data.validation_fraction=0.2, or add files")
-        raise DataError(format_problems(f"The {empty} part of the corpus is empty.", [problem]))
+        fix = "--set data.validation_fraction=0.2, or add files"
+        raise DataError.of(f"The {empty} part of the corpus is empty.", source, why, fix)
     return Corpus(
         source=source,
         train=_join_files(train),
@@ -218,5 +216,4 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 def _unreadable(error: OSError, path: Path) -> DataError:
     denied = isinstance(error, PermissionError)
     fix = f"chmod -R u+rX {str(path)!r}" if denied else _USE_TEXT
-    problem = Problem(str(path), f"{error.strerror}.", fix)
-    return DataError(format_problems("The text cannot be read.", [problem]))
+    return DataError.of("The text cannot be read.", str(path), f"{error.strerror}.", fix)

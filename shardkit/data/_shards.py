@@ -144,8 +144,8 @@ def write_tokens(
     errors = os_errors_as(DataError, "The shard cannot be written.", path, fix)
     with errors, write_atomic(path) as temporary, open(temporary, "w+b") as file:
         if not _write_shard(file, documents, vocabulary, end):
-            problem = Problem(str(path), "no document has a token", "at least one token")
-            raise DataError(format_problems("The shard would be empty.", [problem]))
+            why = "no document has a token"
+            raise DataError.of("The shard would be empty.", str(path), why, "at least one token")
     return path
 
 

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 from ._file_tokens import FileTokens
 
 # Larger files have a checksum of this many blocks, evenly spaced.
@@ -171,5 +171,5 @@ def check_ids(file: TokenFile, tokens: np.ndarray, first: int, vocabulary: int) 
     place = file.first + first + at
     why = f"token {place:,} is id {int(tokens[at])}; the vocabulary has {vocabulary} ids, from 0"
     fix = f"--set model.vocab={high + 1}" if low >= 0 else "tokens of an unsigned type"
-    problem = Problem(file.name, why, f"{fix}, or shards made with the model's tokenizer")
-    raise DataError(format_problems("A token is not in the vocabulary.", [problem]))
+    fix = f"{fix}, or shards made with the model's tokenizer"
+    raise DataError.of("A token is not in the vocabulary.", file.name, why, fix)

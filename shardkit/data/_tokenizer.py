@@ -219,5 +219,4 @@ def _load_library_tokenizer(path: Path) -> Any:
     except Exception as error:  # the library raises nothing more specific
         why = f"is not a tokenizer file: {error}"
         fix = "the tokenizer.json that `tokenizers` saves, or leave data.tokenizer out for bytes"
-    problem = Problem(subject, f"{why}.", fix)
-    raise DataError(format_problems("The tokenizer cannot be loaded.", [problem]))
+    raise DataError.of("The tokenizer cannot be loaded.", subject, f"{why}.", fix)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError
 
 VOCAB = "v"
 _TOKEN = re.compile(r"\s*(\(|\)|->|\d+/\d+|[a-z]+)")
@@ -96,8 +96,8 @@ def parse(text: str) -> Pattern:
     fits = sorted(names) == sorted(leaf) and len(set(leaf)) == len(leaf)
     if not arrow or groups is None or not fits or any(int(k) >= int(m) for k, m in parts):
         why = "does not say how the dims of a tensor become those of a leaf"
-        problem = Problem(repr(text), why, "'(n h) e -> e n h': every letter once on each side")
-        raise CheckpointError(format_problems("A table of tensors cannot be read.", [problem]))
+        fix = "'(n h) e -> e n h': every letter once on each side"
+        raise CheckpointError.of("A table of tensors cannot be read.", repr(text), why, fix)
     return Pattern(groups, tuple(leaf))
 
 

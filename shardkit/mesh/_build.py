@@ -162,8 +162,7 @@ def _check_slices(dcn: Mapping[str, int], present: int, *, by_process: bool) -> 
         groups = f"{present} processes" if by_process else f"{present} slices"
         why = f"needs {count(declared, 'slice')}, the devices form {groups}"
         fix = f"dcn sizes with product {present}, or no dcn for one fast network"
-        problem = Problem(f"dcn={dict(dcn)}", why)
-        raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
+        raise MeshError.of("The mesh does not fit its slices.", f"dcn={dict(dcn)}", why, fix)
 
 
 def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
@@ -179,4 +178,4 @@ def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
 
 def _refuse(target: Target, why: str, fix: str) -> NoReturn:
     headline = "The target's devices are not available."
-    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))
+    raise MeshError.of(headline, str(target), why, fix)

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import jax
 
-from .._core.errors import MeshError, Problem, count, format_problems
+from .._core.errors import MeshError, count
 
 # Whether the number of devices of this process is final.
 _settled = False
@@ -94,5 +94,4 @@ def _check_started(n: int) -> None:
 
 
 def _refuse(n: object, why: str, fix: str) -> NoReturn:
-    problem = Problem(f"simulate_devices({n!r})", why)
-    raise MeshError(format_problems("Devices cannot be simulated.", [problem], fix))
+    raise MeshError.of("Devices cannot be simulated.", f"simulate_devices({n!r})", why, fix)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from .._core.errors import Problem, VerificationError, first_line, format_problems
+from .._core.errors import VerificationError, first_line
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats, policy_dtype
@@ -319,9 +319,8 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             why = f"names devices of its own, which one device is not: {first_line(error)}"
             fix = "jax.shard_map(...) without mesh=; or sk.verify(make_step, ...), make_step(mesh)"
-            problem = Problem("the model", why)
             headline = "The reference cannot run."
-            raise VerificationError(format_problems(headline, [problem], fix)) from error
+            raise VerificationError.of(headline, "the model", why, fix) from error
 
     return run
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.errors import Problem, VerificationError, count, format_problems
+from .._core.errors import VerificationError, count
 from .._core.row_dims import RowDims
 from .._core.tree import short_dtype
 from ..rules import format_mesh
@@ -92,4 +92,4 @@ def _check_usable(metrics: Any) -> None:
     )
     fix = "verify(..., batches=[...]) with batches that the loss can use"
     headline = "The reference cannot be compared with."
-    raise VerificationError(format_problems(headline, [Problem("batches", why, fix)]))
+    raise VerificationError.of(headline, "batches", why, fix)

@@ -175,5 +175,4 @@ def _example_range(start: int, steps: int) -> str:
 
 
 def _profile_error(text: str, why: str, fix: str) -> ConfigError:
-    problem = Problem(f"profile={text}", why, fix)
-    return ConfigError(format_problems("These updates cannot be traced.", [problem]))
+    return ConfigError.of("These updates cannot be traced.", f"profile={text}", why, fix)

@@ -163,8 +163,7 @@ class Loop:
             why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
             fix = f"TrainConfig(steps={done - 1}), or data that repeats"
             fix = fix if done > 1 else "data that yields a batch each time it is iterated"
-            problem = Problem("the data", why, fix)
-            raise DataError(format_problems("The data ended too early.", [problem])) from None
+            raise DataError.of("The data ended too early.", "the data", why, fix) from None
 
     def _report_step(self, done: int, metrics: Mapping[str, Any]) -> None:
         finished = self._clock.finish_step(done, {name: float(x) for name, x in metrics.items()})

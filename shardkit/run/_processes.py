@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._core.errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError
 from ..processes import ProcessGroup
 from ._resume import ResumeDecision
 from ._stop import Stopped
@@ -45,8 +45,7 @@ def create_folder(folder: Path) -> Path:
                 continue
             return path
     except OSError as error:
-        problem = Problem(str(folder), f"{error.strerror}.", "--set train.out=FOLDER")
-        raise ConfigError(
-            format_problems("The run folder cannot be created.", [problem])
-        ) from error
+        why = f"{error.strerror}."
+        fix = "--set train.out=FOLDER"
+        raise ConfigError.of("The run folder cannot be created.", str(folder), why, fix) from error
     raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 
 
 @runtime_checkable
@@ -114,5 +114,4 @@ def _make_error(data: Any, why: str) -> DataError:
     why += ": it yields each batch once, and a resumed run starts at the first one"
     fix = "a function i -> batch, a list, or an object whose __iter__ starts anew; or"
     fix += " TrainConfig(checkpoint_every=0)"
-    problem = Problem(f"data: {type(data).__name__}", why, fix)
-    return DataError(format_problems("The data cannot be read again.", [problem]))
+    return DataError.of("The data cannot be read again.", f"data: {type(data).__name__}", why, fix)

@@ -132,9 +132,7 @@ def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
     if not isinstance(spec, StepSpec):
         why = f"returned {type(spec).__name__}; a compile elsewhere takes a StepSpec"
         fix = "return sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
-        raise StepError(
-            format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
-        )
+        raise StepError.of("There is nothing to compile.", "factory", why, fix)
     check_factory_result(spec, case)
     return spec
 

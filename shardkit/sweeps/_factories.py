@@ -120,8 +120,7 @@ def importable_name(factory: Factory) -> str:
     if module != "__main__" and function.isidentifier() and inspect.isfunction(factory):
         return name
     why = "the child that compiles it cannot import it by name"
-    problem = Problem(f"factory {name}", why, fix)
-    raise SweepError(format_problems("The factory cannot be sent to a target.", [problem]))
+    raise SweepError.of("The factory cannot be sent to a target.", f"factory {name}", why, fix)
 
 
 def declare_case(
@@ -152,8 +151,8 @@ def declare_case(
     factory = _import_factory(function) if function else ConfigFactory(config, tuple(overrides))
     if isinstance(factory, ConfigFactory) and record != json.loads(json.dumps(factory.record())):
         why = "was changed while the sweep ran; rows of two configs cannot be compared"
-        problem = Problem(display_name(factory), why, "restore the config, or another --out")
-        raise SweepError(format_problems("The config was changed.", [problem]))
+        fix = "restore the config, or another --out"
+        raise SweepError.of("The config was changed.", display_name(factory), why, fix)
     case = SweepCase(tuple(mesh.items()), accumulate, remat)
     return spec_of_case(factory, case), case.mesh_spec
 
@@ -202,4 +201,4 @@ def _import_factory(name: str) -> Factory:
 
 def _refuse(name: str, why: str) -> NoReturn:
     fix = "def factory(mesh, *, accumulate, remat) -> sk.StepSpec, as module:factory"
-    raise ConfigError(format_problems(_NO_FACTORY, [Problem(name, why)], fix))
+    raise ConfigError.of(_NO_FACTORY, name, why, fix)

@@ -51,9 +51,8 @@ class Journal:
             except FileInUseError:
                 why = "another sweep writes to it"
                 fix = "wait until it has ended; or --out NEW_FOLDER, or out="
-                problem = Problem(str(self._path), why, fix)
                 headline = "The sweep's folder is in use."
-                raise SweepError(format_problems(headline, [problem])) from None
+                raise SweepError.of(headline, str(self._path), why, fix) from None
             self.rows = self._read_existing(header)
             self._opened = opened.pop_all()
 
@@ -111,8 +110,7 @@ def _check_folder(folder: Path) -> None:
 
 def _refuse(path: Path, why: str) -> NoReturn:
     fix = "--out NEW_FOLDER, or out=; nothing was changed"
-    problem = Problem(str(path), why)
-    raise SweepError(format_problems("The folder does not hold this sweep.", [problem], fix))
+    raise SweepError.of("The folder does not hold this sweep.", str(path), why, fix)
 
 
 def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, SweepRow]:

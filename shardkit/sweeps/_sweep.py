@@ -221,8 +221,7 @@ def _device_counts(devices: int | Sequence[int] | None, target: str | None) -> l
     if available and counts != [available]:
         why = f"target {target} has {count(available, 'device')}"
         fix = f"leave devices out, or another target for {counts[0]}"
-        problem = Problem(f"devices={counts}", why, fix)
-        raise SweepError(format_problems("Devices and target do not agree.", [problem]))
+        raise SweepError.of("Devices and target do not agree.", f"devices={counts}", why, fix)
     return counts
 
 

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from .._core.errors import MeshError, Problem, first_line, format_problems
+from .._core.errors import MeshError, first_line
 from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 
@@ -51,4 +51,4 @@ def _gpu_devices(target: Target) -> list[Any]:
 
 def _refuse(target: Target, why: str, fix: str) -> None:
     headline = "The target's devices are not available."
-    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))
+    raise MeshError.of(headline, str(target), why, fix)

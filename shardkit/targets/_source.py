@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .._core.errors import ConfigError, Problem, did_you_mean, format_problems
+from .._core.errors import ConfigError, did_you_mean
 from ..config import load_config
 from ..mesh import MeshSpec
 from ..step import StepSpec
@@ -120,6 +120,4 @@ class StepSource:
 
 
 def _refuse(name: str, why: str, fix: str) -> NoReturn:
-    raise ConfigError(
-        format_problems("The source does not declare a step.", [Problem(name, why)], fix)
-    )
+    raise ConfigError.of("The source does not declare a step.", name, why, fix)

@@ -167,7 +167,7 @@ def os_errors_as(
         other = Path(error.filename) if isinstance(error.filename, str) else None
         if other is not None and other.suffix != _TEMPORARY and other != Path(path):
             why += f": {other}"
-        raise kind(format_problems(headline, [Problem(str(path), f"{why}.", fix)])) from error
+        raise kind.of(headline, str(path), f"{why}.", fix) from error
 
 
 def local_path(

@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.profiler import ProfileData
 
-from ..._core.errors import Problem, ReportError, format_problems
+from ..._core.errors import ReportError
 from ..._core.io._files import local_path
 from ..communication._ledger import Ledger
 
@@ -95,8 +95,7 @@ def find_profile(path: str | os.PathLike[str]) -> Path:
 
 
 def _refuse(path: Path, why: str, fix: str) -> ReportError:
-    problem = Problem(str(path), why, fix)
-    return ReportError(format_problems("The profile cannot be read.", [problem]))
+    return ReportError.of("The profile cannot be read.", str(path), why, fix)
 
 
 def _read_events(file: Path) -> list[tuple[_Run, str, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._core.errors import CheckpointError, Problem, format_problems
+from ..._core.errors import CheckpointError
 from ..._core.train_state import TrainState
 from ...checkpoint import Checkpointer, Manifest, RetentionPolicy
 
@@ -82,8 +82,8 @@ def dump_manifest(folder: Path) -> Manifest:
         if isinstance(manifest.data, dict) and manifest.data.get("kind") == _KIND:
             return manifest
         why = "is a checkpoint, not a dump"
-    problem = Problem(str(folder), why, f"RUN/{DUMPS}/step-…, from a run that stopped")
-    raise CheckpointError(format_problems("No dump to replay.", [problem]))
+    fix = f"RUN/{DUMPS}/step-…, from a run that stopped"
+    raise CheckpointError.of("No dump to replay.", str(folder), why, fix)
 
 
 def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:
