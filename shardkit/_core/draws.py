@@ -70,16 +70,9 @@ def match_draws(
 ) -> RandomDraws:
     """Traces a loss with the rows of one gradient shard and with all rows, and matches its draws.
 
-    Args:
-      loss: any traceable function.
-      shards: number of gradient shards.
-      shard_args: abstract arguments with the rows of one shard.
-      all_args: abstract arguments with the rows of all shards.
-      keys: how many of the last arguments are keys.
-      folds_followed: see `match_dims`.
-
-    Raises:
-      StepError: a draw depends on the number of rows in a way that cannot be split.
+    The arguments are abstract, with the rows of one shard and of all; the last `keys` of them are
+    keys. For `folds_followed` see `match_dims`. Raises StepError if a draw depends on the number of
+    rows in a way that cannot be split.
     """
     part, whole = (
         list_draws(trace_in_part(loss, args, keys)[0].jaxpr) for args in (shard_args, all_args)
@@ -92,16 +85,8 @@ def trace_in_part(
 ) -> tuple[core.ClosedJaxpr, PyTree]:
     """Traces a function with keys of the kind that it gets where rows are split.
 
-    Args:
-      run: a function of a user's loss.
-      args: abstract arguments.
-      keys: how many of the last ones are keys.
-
-    Returns:
-      The jaxpr, and the abstract results.
-
-    Raises:
-      StepError: JAX draws with such a key otherwise, or not at all.
+    The last `keys` of its abstract arguments are keys. Returns the jaxpr and the abstract results.
+    Raises StepError if JAX draws with such a key otherwise, or not at all.
     """
 
     def in_part(*args: Any) -> Any:
@@ -186,10 +171,8 @@ def _find_grown_dim(small: Shape, large: Shape, parts: int) -> int | None:
 def list_draws(jaxpr: core.Jaxpr, around: tuple[core.JaxprEqn, ...] = ()) -> list[Draw]:
     """Lists every draw of a jaxpr in order.
 
-    Args:
-      jaxpr: of a loss.
-      around: equations that the jaxpr is inside of, the innermost first: their lines are the
-        user's where an operation is of JAX's own functions.
+    `around` are the equations that it is inside of, the innermost first: their lines are the user's
+    where an operation is of JAX's own functions.
     """
     draws = []
     for eqn in jaxpr.eqns:

@@ -28,10 +28,8 @@ def check_platform() -> None:
 def quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns variables that keep libtpu quiet in a process with this environment.
 
-    They must be set before JAX lists its devices, which loads libtpu.
-
-    Returns:
-      {} if a TPU may be present, or the environment has one of the variables.
+    {} if a TPU may be present, or the environment has one of the variables. They must be set before
+    JAX lists its devices, which loads libtpu.
     """
     if any(name in environment for name in _LIBTPU_ANSWERS) or glob.glob("/dev/accel*"):
         return {}

@@ -125,11 +125,7 @@ class _ModuleTemplate:
 
     @classmethod
     def of(cls, made: Any) -> "_ModuleTemplate":
-        """Reads a module, or `(module, state)`, whose arrays are abstract.
-
-        Raises:
-          TreeError: two leaves of the module have the same path.
-        """
+        """Reads an abstract module, or `(module, state)`; raises TreeError for equal paths."""
         taken, name = {path.split("/")[0] for path in leaves_by_path(_as_pair(made)[0])}, "state"
         while name in taken:  # by an attribute of the module
             name += "_"
@@ -155,9 +151,7 @@ class _ModuleTemplate:
     def split(self, made: Any, axes: Mapping[str, Names] | None = None) -> tuple[Params, PyTree]:
         """Returns the parameters and the other arrays of a module, or of `(module, state)`.
 
-        Args:
-          made: what has the arrays.
-          axes: logical axis names of parameters, by path.
+        Parameters have the logical axis names of `{path: names}`.
         """
         pairs = zip(self.leaves, jax.tree.leaves(_as_pair(made)), strict=True)
         arrays = [(leaf, jnp.asarray(x)) for leaf, x in pairs if _is_array(leaf)]

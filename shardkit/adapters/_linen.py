@@ -132,11 +132,7 @@ class _Form:
         return meta.unbox(on_any_mesh(jax.eval_shape)(lambda key: self.init(key, rngs, args), key))
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the module.
-
-        Raises:
-          StepError: a device has a shard of a parameter whose size the module fixes.
-        """
+        """Calls the module; raises StepError for a shard of a parameter whose size it fixes."""
         try:
             with nn.intercept_methods(_drop_names):
                 return self.module.apply(variables, *args, **kwargs, **self.options)

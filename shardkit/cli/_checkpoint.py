@@ -70,12 +70,10 @@ def _make_step_table(folders: list[Path]) -> Table:
             continue
         size = format_bytes(sum(file.bytes for file in manifest.files.values()))
         scores = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        rows.append((str(manifest.step), manifest.time, _format_mesh(manifest), size, scores))
+        mesh = " × ".join(f"{axis}={size}" for axis, size in manifest.mesh.items())
+        cells = manifest.time, mesh or "one device", size, scores
+        rows.append((str(manifest.step), *cells))
     return Table(("step", "saved", "mesh", "size", "metrics"), rows, styles=styles)
-
-
-def _format_mesh(manifest: Manifest) -> str:
-    return " × ".join(f"{axis}={size}" for axis, size in manifest.mesh.items()) or "one device"
 
 
 def _print_versions(manifest: Manifest, console: Console) -> None:

@@ -68,7 +68,8 @@ class _Swept:
 
 def _from_config(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
     config = load_config(source.name or None, source.overrides)
-    target = target or _absent_target(config.devices)
+    if target is None and Target.parse(config.devices).kind not in ("local", "cpu"):
+        target = config.devices
     if target is None:
         _simulate(config.devices, counts)
     factory = ConfigFactory(source.name, source.overrides)
@@ -88,11 +89,6 @@ def _format_progress(row: SweepRow, done: int, total: int) -> str:
     return (
         f"[{done}/{total}] {row.case.key} {row.status}{f': {row.reason}' if row.reason else time}"
     )
-
-
-def _absent_target(devices: str) -> str | None:
-    """Returns the config's own target if its devices are not in this process, else None."""
-    return devices if Target.parse(devices).kind not in ("local", "cpu") else None
 
 
 def _simulate(devices: str, counts: list[int]) -> None:

@@ -1,6 +1,7 @@
 """Finds the rows of a batch that a process reads, and puts them on its devices."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,12 @@ from .._core.types import Batch, PyTree
 from ..rules import axes_of, format_mesh, shard_count
 
 
-def device_process(device: Any) -> int:
-    """Index of the process that a device belongs to."""
-    return device.process_index
-
-
 def process_rows(
     mesh: Mesh,
     spec: PartitionSpec,
     rows: int,
     process_index: int | None = None,
-    process_of: Callable[[Any], int] = device_process,
+    process_of: Callable[[Any], int] = operator.attrgetter("process_index"),
     row_dim: int = 0,
 ) -> np.ndarray:
     """Lists the rows of a global batch that the devices of one process hold.

@@ -92,7 +92,8 @@ def save(
     leaves = leaves_by_path(params)
     problems = [Problem(str(target), "exists already")] if target.exists() else []
     raise_all(CheckpointError, _HEADLINE, problems, "another folder")
-    weights = read_folder(model) if _has_weights(model) else {}
+    has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
+    weights = read_folder(model) if has_weights else {}
     index = read_index(model) if weights else {}
     if table is None:
         family = find_family(model)
@@ -138,10 +139,6 @@ def _sync_files(paths: Iterable[Path]) -> None:
     for path in paths:
         with path.open("rb") as opened:
             os.fsync(opened.fileno())
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
 def _config_problems(model: Path, leaves: Mapping[str, Any], padding: int) -> list[Problem]:

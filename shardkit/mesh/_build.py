@@ -44,11 +44,7 @@ def target_devices(target: Target) -> list[Any]:
 
 
 def check_devices(devices: Any) -> list[Any]:
-    """Returns the devices that a user chose, in their order.
-
-    Raises:
-      MeshError: one is none, or is there twice.
-    """
+    """Returns the devices that a user chose; raises MeshError if one is none, or is there twice."""
     fix = "build(devices=jax.devices()[:8])"
     if not isinstance(devices, Iterable) or isinstance(devices, str):
         problem = Problem(
@@ -104,19 +100,10 @@ def arrange_devices(
 ) -> Mesh:
     """Lays devices out as a mesh with Auto axis types.
 
-    Args:
-      devices: as many as the sizes multiply to.
-      ici: size of each axis within a slice, in mesh order; no -1.
-      dcn: number of slices along the axes that cross slices.
-      as_given: keep the order of `devices`, row-major, with contiguous blocks of it as slices.
-        Otherwise real devices are ordered by their network.
-
-    Returns:
-      The mesh. An axis of size i within a slice and d across slices has size d x i, with the
-      slices outermost.
-
-    Raises:
-      MeshError: `dcn` differs from the slices or processes that the devices form.
+    An axis of size i within a slice (`ici`) and d across slices (`dcn`) has size d x i, with the
+    slices outermost. `as_given` keeps the order of the devices, row-major, with contiguous blocks
+    of it as slices; otherwise real devices are ordered by their network. Raises MeshError if `dcn`
+    differs from the slices or processes that the devices form.
     """
     inner = tuple(ici.values())
     outer = tuple(dcn.get(axis, 1) for axis in ici)

@@ -125,14 +125,10 @@ def compare_with_reference(
     noise_records: Sequence[Record],
     limits: ErrorLimits,
 ) -> list[ParityRow]:
-    """Builds the rows of one mesh.
+    """Builds the rows of one mesh, named as text.
 
-    Args:
-      mesh: its axes and sizes, as text.
-      observed: from the mesh.
-      reference: from one device.
-      noise_records: from one device, with every parameter nudged by one rounding.
-      limits: of the compute dtype.
+    The records are from one device: the reference, and some with every parameter nudged by one
+    rounding.
     """
     record = observed.record
     unequal = find_unequal_leaves(record[INIT], reference[INIT])

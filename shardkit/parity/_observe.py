@@ -58,14 +58,9 @@ def observe(
     sgd: optax.GradientTransformation,
     checks: Collection[str] = OWN_PROGRAM,
 ) -> Observation:
-    """Runs a step on its mesh.
+    """Runs a step on its mesh, with `sgd` for the one SGD update.
 
-    Args:
-      step: compiled for the mesh.
-      inputs: batches, number of steps and key.
-      sgd: optimizer of the one SGD update.
-      checks: which of the checks that compile a program of their own to run; the others always
-        run.
+    Of the checks that compile a program of their own, only `checks` run; the others always do.
     """
     state = step.init(inputs.key)
     specs = resolve_declared_specs(step.spec, step.mesh, state)

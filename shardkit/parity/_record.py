@@ -102,11 +102,8 @@ def clipped_sgd(params: Leaves, grads: Leaves) -> optax.GradientTransformation:
 
     Adam hides a gradient of the wrong scale; SGD does not. The clip, at half of the gradient's
     norm, needs the norm over all devices. With |params| = 10 and |grads| = 4: the clip is 2, the
-    rate 0.1 * 10 / 2 = 0.5, and the update has norm 1, large enough to show an error in f32.
-
-    Args:
-      params: of the first state of the reference.
-      grads: of its first step; not all zero.
+    rate 0.1 * 10 / 2 = 0.5, and the update has norm 1, large enough to show an error in f32. Both
+    are those of the reference's first step; gradients are not all zero.
     """
     clip = global_norm(grads) / 2
     return optax.chain(

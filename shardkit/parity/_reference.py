@@ -106,13 +106,7 @@ class Reference:
     def run(
         self, inputs: ParityInputs, start: ReferenceState, sgd: optax.GradientTransformation
     ) -> Record:
-        """Records every check of the parity report.
-
-        Args:
-          inputs: batches and number of steps.
-          start: the first state, perhaps nudged.
-          sgd: optimizer of the one SGD update.
-        """
+        """Records every check of the parity report, from a first state that is perhaps nudged."""
         batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
         trained = self._trained(start.params)
@@ -303,8 +297,7 @@ class Reference:
 def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a user's function without the caller's mesh and without its own constraints.
 
-    Raises (when it is called):
-      VerificationError: the function maps over devices of its own choice.
+    When called, it raises VerificationError if the function maps over devices of its own choice.
     """
     compiled = on_any_mesh(jax.jit(without_constraints(function)))
 

@@ -34,14 +34,8 @@ class ReferenceResults:
     ) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
 
-        Args:
-          spec: of the step.
-          device: that it runs on.
-          inputs: that it runs on.
-          row_dims: see `Reference`.
-
-        Raises:
-          VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
+        For `row_dims` see `Reference`. Raises VerificationError if the loss or its gradient is not
+        finite, or the gradient is all zero.
         """
         self.spec, self.inputs = spec, inputs
         reference = Reference(spec, device, row_dims)

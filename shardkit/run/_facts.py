@@ -128,7 +128,8 @@ def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any
 
 def _digest_programs(step: CompiledStep) -> dict[str, str]:
     """Traces and lowers init, loss and optimizer of a step."""
-    spec, state = step.spec, jax.tree.map(_without_sharding, step.layout.state)
+    spec, unplaced = step.spec, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.tree.map(unplaced, step.layout.state)
     trained = step.layout.partition.trained(state.params)
 
     def init(key: Key) -> Any:
@@ -170,10 +171,6 @@ def _digest(function: Callable[..., Any], *args: Any) -> str:
     except StepError:
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 # These may change when a run resumes: newer packages, another machine, what it began with. Leaves

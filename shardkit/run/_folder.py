@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 import warnings
@@ -157,7 +156,10 @@ def open_run_folder(
         axes={join_path("params", name): names for name, names in step.layout.axes.items()},
         config={**record, FACTS: facts},
     )
-    say = functools.partial(_say, console)
+
+    def say(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
+
     opened = time.perf_counter()
     with leave_together(process_group), contextlib.ExitStack() as stack:
         if config.checkpoint_every:
@@ -199,10 +201,6 @@ def open_run_folder(
 
 def _is_scored(metrics: MetricsFile, step: int) -> bool:
     return any(row["kind"] == "eval" and row.get("step") == step for row in metrics.kept_rows)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)
 
 
 def _restore(

@@ -114,7 +114,7 @@ def _decide(folder: Path, config: TrainConfig, settings: "_Settings") -> ResumeD
             notes += _explain_unreadable(run)
         if newest is None:
             continue
-        finished = _is_finished(run)
+        finished = any(row["kind"] == "finished" for row in read_metrics(run))
         if finished and newest.step >= config.steps:
             if settings.find_differences(newest, _FREE_BY_NAME):
                 continue
@@ -289,10 +289,6 @@ def _explain_unreadable(folder: Path) -> Iterator[str]:
         except CheckpointError as error:
             _, row, *_ = str(error).splitlines()
             yield f"Cannot resume {folder} ({row.strip()}). Starting a new run."
-
-
-def _is_finished(folder: Path) -> bool:
-    return any(row["kind"] == "finished" for row in read_metrics(folder))
 
 
 def _describe_changes(before: Any, now: Any) -> str:

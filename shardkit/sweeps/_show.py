@@ -48,7 +48,8 @@ def _ranked_table(rows: Sequence[SweepRow]) -> Table:
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
         cells += [_format_time(row)] * timed
         cells += [format_bytes(row.total) if row.total is not None else "?"]
-        cells += [format_bytes(row.wire or 0), _format_compile_time(row)]
+        compile_seconds = row.measured["compile_seconds"]["whole"]
+        cells += [format_bytes(row.wire or 0), f"{compile_seconds:.1f} s"]
         findings = sum(counted["count"] for counted in compiled.get("findings", {}).values())
         cells += [str(findings), _format_ratios(row)]
         table.append(cells)
@@ -70,10 +71,6 @@ def describe_measurement(rows: Sequence[SweepRow]) -> str:
     if len(places) < 2:
         return "".join(places)
     return "; ".join(f"{place} ({count(n, 'row')})" for place, n in places.items())
-
-
-def _format_compile_time(row: SweepRow) -> str:
-    return f"{row.measured['compile_seconds']['whole']:.1f} s"
 
 
 def _format_ratios(row: SweepRow) -> str:

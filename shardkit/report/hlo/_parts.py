@@ -134,8 +134,9 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
     `[8, 4]`, or what is left of a sum over its 8 rows; `[4] → [1, 4]` may split a dim or add one.
     Where every device has the first element, there is no other.
     """
-    kept = [dim for dim, size in enumerate(source) if size > 1 or not _is_whole(parts.dims[dim])]
-    parts, source = Parts(tuple(parts.dims[d] for d in kept)), [source[d] for d in kept]
+    pairs = zip(source, parts.dims, strict=True)
+    kept = [(size, at) for size, at in pairs if size > 1 or at is None or any(at)]
+    source, parts = [size for size, _ in kept], Parts(tuple(at for _, at in kept))
     dims: list[Starts | None] = [None] * len(target)
     for inside, outside in _equal_groups(source, target):
         old, new = [source[dim] for dim in inside], [target[dim] for dim in outside]
@@ -146,10 +147,6 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
         return Parts(tuple(dims))
     longer = iter(starts for starts, size in zip(parts.dims, source, strict=True) if size > 1)
     return Parts(tuple(dims), inserted=tuple(next(longer) if s > 1 else None for s in target))
-
-
-def _is_whole(starts: Starts | None) -> bool:
-    return starts is not None and not any(starts)
 
 
 def _regroup(
