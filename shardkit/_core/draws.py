@@ -38,19 +38,12 @@ _WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One random operation of a loss.
+    """One random operation of a loss."""
 
-    Attributes:
-      kind: `"bits"`, `"split"`, `"fold_in"` or `"gamma"`.
-      shape: what one key draws; of a fold the shape of the numbers.
-      from_key: whether it draws from the key that the loss gets.
-      line: the user's `file:line in function`.
-    """
-
-    kind: str
-    shape: Shape
-    from_key: bool
-    line: str = dataclasses.field(compare=False)
+    kind: str  # `"bits"`, `"split"`, `"fold_in"` or `"gamma"`
+    shape: Shape  # what one key draws; of a fold the shape of the numbers
+    from_key: bool  # whether it draws from the key that the loss gets
+    line: str = dataclasses.field(compare=False)  # the user's `file:line in function`
 
     @property
     def drawn(self) -> Drawn:
@@ -115,22 +108,13 @@ def trace_in_part(
 def match_dims(
     part: list[Draw], whole: list[Draw], parts: int, *, folds_followed: bool = False
 ) -> tuple[tuple[Drawn, GrownDim], ...]:
-    """Finds the dim along which each draw of a part is larger for the whole.
+    """Finds the dim along which each draw of a loss on a part of its rows is larger for the whole.
 
-    Args:
-      part: draws of a loss on one part of its rows (or of its length), in order.
-      whole: its draws on all parts together.
-      parts: number of parts.
-      folds_followed: whether numbers that are folded into a key once a row are known to be the
-        batch's own: `step/rows/` refuses those that count rows.
-
-    Returns:
-      What the generator is asked for and its grown dim, for each draw that grows: a dropout mask
-      bits[4, 8] that is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), GrownDim((4, 8),
-      0))`.
-
-    Raises:
-      StepError: a draw grows in another way, or from another key.
+    A part may also be one of the length. `folds_followed` says that numbers which are folded into a
+    key once a row are known to be the batch's own: `step/rows/` refuses those that count rows.
+    Returns what the generator is asked for and its grown dim, for each draw that grows: a dropout
+    mask bits[4, 8] that is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), GrownDim((4,
+    8), 0))`. Raises StepError if a draw grows in another way, or from another key.
     """
     problems: list[Problem] = []
     if [draw.kind for draw in part] != [draw.kind for draw in whole]:

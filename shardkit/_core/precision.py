@@ -94,18 +94,13 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeDtypes:
-    """The dtypes that the parameters of a step are computed in.
+    """The dtypes that the parameters of a step are computed in."""
 
-    Attributes:
-      main: that of most elements of the parameters, which decides the rate of the products; a
-        complex one counts as that of its parts.
-      lowest: so that with the largest roundings, which decides how exact a result can be.
-      only: the dtype of all parameters, complex as such; None if they have several.
-    """
-
+    # that of most elements of the parameters, which decides the rate of the products; a complex one
+    # counts as that of its parts
     main: str
-    lowest: str
-    only: str | None
+    lowest: str  # so that with the largest roundings, which decides how exact a result can be
+    only: str | None  # the dtype of all parameters, complex as such; None if they have several
 
 
 AS_INITIALIZED = Precision()

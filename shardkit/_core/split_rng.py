@@ -30,15 +30,10 @@ _ONE_ROW = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class GrownDim:
-    """The dim of a draw that grows with the rows, or with the length.
+    """The dim of a draw that grows with the rows, or with the length."""
 
-    Attributes:
-      shape: of one part's draw; a gamma draw of `[2, 3]` asks the generator for 6 keys.
-      dim: of it.
-    """
-
-    shape: Shape
-    dim: int
+    shape: Shape  # of one part's draw; a gamma draw of `[2, 3]` asks the generator for 6 keys
+    dim: int  # of it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,17 +91,12 @@ def from_equinox(
 
 @dataclasses.dataclass(frozen=True)
 class _ModuleLeaf:
-    """One leaf of a module or of its state.
+    """One leaf of a module or of its state."""
 
-    Attributes:
-      names: of its attributes, keys and indices; those of state begin with a name of its own.
-      value: a setting, or an array without values.
-      is_param: whether it is a floating-point array of the module.
-    """
-
+    # of its attributes, keys and indices; those of state begin with a name of its own
     names: tuple[str, ...]
-    value: Any
-    is_param: bool
+    value: Any  # a setting, or an array without values
+    is_param: bool  # whether it is a floating-point array of the module
 
     @property
     def path(self) -> str:
@@ -111,17 +106,11 @@ class _ModuleLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class _ModuleTemplate:
-    """The structure of a module and its state, and its leaves, arrays without values.
+    """The structure of a module and its state, and its leaves, arrays without values."""
 
-    Attributes:
-      structure: of `(module, state)`.
-      leaves: in its order.
-      has_state: whether there is a state.
-    """
-
-    structure: Any
-    leaves: tuple[_ModuleLeaf, ...]
-    has_state: bool
+    structure: Any  # of `(module, state)`
+    leaves: tuple[_ModuleLeaf, ...]  # in its order
+    has_state: bool  # whether there is a state
 
     @classmethod
     def of(cls, made: Any) -> "_ModuleTemplate":

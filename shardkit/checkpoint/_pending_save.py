@@ -71,15 +71,10 @@ class PendingSave:
         self._thread.start()
 
     def join(self, together: bool = True) -> None:
-        """Waits until the step is complete.
+        """Waits until the step is complete; `together`, every process raises the error of any.
 
-        Args:
-          together: every process calls this, so that all raise the error of any.
-
-        Raises:
-          CheckpointError: it failed; earlier steps are untouched.
-
-        An old step that cannot be deleted is a warning only: the new one is complete.
+        An old step that cannot be deleted is a warning only: the new one is complete. After a
+        CheckpointError earlier steps are untouched.
         """
         self._thread.join()
         remains, self._remains = self._remains, []

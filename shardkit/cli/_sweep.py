@@ -51,19 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Swept:
-    """What to sweep.
+    """What to sweep."""
 
-    Attributes:
-      factory: makes the steps.
-      name: of the folder.
-      target: to compile for; None for the devices of this process.
-      batches: host batches; None for random ones.
-    """
-
-    factory: Factory | ConfigFactory
-    name: str
-    target: str | None
-    batches: Sequence[Any] | None
+    factory: Factory | ConfigFactory  # makes the steps
+    name: str  # of the folder
+    target: str | None  # to compile for; None for the devices of this process
+    batches: Sequence[Any] | None  # host batches; None for random ones
 
 
 def _from_config(source: StepSource, target: str | None, counts: list[int]) -> _Swept:

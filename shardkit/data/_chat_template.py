@@ -15,26 +15,17 @@ Spans = list[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How the turns of a chat are written.
+    """How the turns of a chat are written."""
 
-    Attributes:
-      name: as `data.template` says it.
-      start: before the first turn.
-      before: in front of a turn, by role; `{role}` is its name.
-      after: behind a turn, by role, as far as the model writes it.
-      between: behind that, by role.
-      marks: texts in it that must be single tokens, and that no message may contain.
-      strip: whether spaces around a message are dropped.
-      names: what `{role}` is, where that is not the role itself.
-    """
-
-    name: str
-    start: str
-    before: Mapping[str, str]
-    after: Mapping[str, str]
-    between: Mapping[str, str]
+    name: str  # as `data.template` says it
+    start: str  # before the first turn
+    before: Mapping[str, str]  # in front of a turn, by role; `{role}` is its name
+    after: Mapping[str, str]  # behind a turn, by role, as far as the model writes it
+    between: Mapping[str, str]  # behind that, by role
+    # texts in it that must be single tokens, and that no message may contain
     marks: tuple[str, ...]
-    strip: bool = False
+    strip: bool = False  # whether spaces around a message are dropped
+    # what `{role}` is, where that is not the role itself
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -134,18 +134,12 @@ class TokenCorpus:
     """Token shards in two parts that share no document; a `TokenizedCorpus`.
 
     A single document is cut in two.
-
-    Attributes:
-      source: what was read, in words.
-      train_tokens: the tokens to train on.
-      validation_tokens: the tokens to score.
-      tokenizer: decodes them; None if it is not known.
     """
 
-    source: str
-    train_tokens: Stream = dataclasses.field(repr=False)
-    validation_tokens: Stream = dataclasses.field(repr=False)
-    tokenizer: Tokenizer | None = None
+    source: str  # what was read, in words
+    train_tokens: Stream = dataclasses.field(repr=False)  # the tokens to train on
+    validation_tokens: Stream = dataclasses.field(repr=False)  # the tokens to score
+    tokenizer: Tokenizer | None = None  # decodes them; None if it is not known
     unit: str = dataclasses.field(default="token", init=False)
     validation_bytes: None = dataclasses.field(default=None, init=False)
 

@@ -16,17 +16,11 @@ from ._tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """The tokens of an example, or of a part of it.
+    """The tokens of an example, or of a part of it."""
 
-    Attributes:
-      where: `file:line`.
-      ids: u32[n].
-      counts: bool[n], whether a token counts in the loss when it is predicted.
-    """
-
-    where: str
-    ids: np.ndarray
-    counts: np.ndarray
+    where: str  # `file:line`
+    ids: np.ndarray  # u32[n]
+    counts: np.ndarray  # bool[n], whether a token counts in the loss when it is predicted
 
     @property
     def size(self) -> int:
@@ -157,17 +151,11 @@ def split_examples(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExampleRows:
-    """Examples laid out in rows: one in each, or several side by side.
+    """Examples laid out in rows: one in each, or several side by side."""
 
-    Attributes:
-      examples: each at most `length` positions long.
-      length: positions of a row.
-      packing: whether a row holds several.
-    """
-
-    examples: Sequence[EncodedExample]
-    length: int
-    packing: bool
+    examples: Sequence[EncodedExample]  # each at most `length` positions long
+    length: int  # positions of a row
+    packing: bool  # whether a row holds several
 
     @functools.cached_property
     def members(self) -> list[list[int]]:

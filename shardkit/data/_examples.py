@@ -27,17 +27,11 @@ from ._tokenizer import Tokenizer, load_fitting_tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """The beginning of a validation example, to continue.
+    """The beginning of a validation example, to continue."""
 
-    Attributes:
-      text: what comes before the first answer.
-      ids: its tokens.
-      answer: the first answer of the example.
-    """
-
-    text: str
-    ids: Sequence[int]
-    answer: str
+    text: str  # what comes before the first answer
+    ids: Sequence[int]  # its tokens
+    answer: str  # the first answer of the example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

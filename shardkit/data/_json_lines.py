@@ -24,15 +24,10 @@ _FIX = f"one JSON object a line: {_FORMS}"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A part of an example.
+    """A part of an example."""
 
-    Attributes:
-      role: `system`, `user` or `assistant` of a chat; `prompt` or `completion`; or `text`.
-      content: the words.
-    """
-
-    role: str
-    content: str
+    role: str  # `system`, `user` or `assistant` of a chat; `prompt` or `completion`; or `text`
+    content: str  # the words
 
     @property
     def is_answer(self) -> bool:
@@ -42,15 +37,10 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line.
+    """One line."""
 
-    Attributes:
-      where: `file:line`.
-      turns: its parts, in order.
-    """
-
-    where: str
-    turns: tuple[Turn, ...]
+    where: str  # `file:line`
+    turns: tuple[Turn, ...]  # its parts, in order
 
     @property
     def is_chat(self) -> bool:

@@ -36,14 +36,10 @@ class ContiguousSequences:
 
         token   0 1 | 2 3 4 5 | 6 7 8 9 | 10 11 12 13 | 14 …
                       row 0     row 1     row 2          not read in this epoch
-
-    Attributes:
-      stream: the tokens.
-      length: tokens of a row.
     """
 
-    stream: Stream
-    length: int
+    stream: Stream  # the tokens
+    length: int  # tokens of a row
 
     @property
     def per_epoch(self) -> int:
@@ -68,14 +64,10 @@ class PackedSequences:
 
     Packing takes about two seconds for a million documents, once. Every position of a document
     that has a next token is in exactly one row.
-
-    Attributes:
-      stream: the documents.
-      length: tokens of a row.
     """
 
-    stream: Stream
-    length: int
+    stream: Stream  # the documents
+    length: int  # tokens of a row
 
     @property
     def per_epoch(self) -> int:

@@ -50,23 +50,14 @@ class _InvalidShard(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ShardHeader:
-    """The first 64 bytes of a `.bin` file.
+    """The first 64 bytes of a `.bin` file."""
 
-    Attributes:
-      itemsize: bytes of one token.
-      vocabulary: every id is below it.
-      tokens: number of tokens.
-      documents: number of documents.
-      end: id that follows each document, or -1.
-      checksum: CRC-32 of the checksums of blocks; None in files that have none.
-    """
-
-    itemsize: int
-    vocabulary: int
-    tokens: int
-    documents: int
-    end: int
-    checksum: int | None = None
+    itemsize: int  # bytes of one token
+    vocabulary: int  # every id is below it
+    tokens: int  # number of tokens
+    documents: int  # number of documents
+    end: int  # id that follows each document, or -1
+    checksum: int | None = None  # CRC-32 of the checksums of blocks; None in files that have none
 
     @property
     def ends_at(self) -> int:

@@ -17,19 +17,14 @@ _MAX_FULL_CHECKSUM, _BLOCKS, _BLOCK = 2**26, 64, 2**16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """The tokens of a file, or a range of them.
+    """The tokens of a file, or a range of them."""
 
-    Attributes:
-      name: of the file, for errors.
-      tokens: integers[n], in memory or in the file.
-      ends: i64[documents], the index behind each document; the last is n.
-      first: index of token 0 in the file.
-    """
-
-    name: str
+    name: str  # of the file, for errors
+    # integers[n], in memory or in the file
     tokens: np.ndarray | FileTokens = dataclasses.field(repr=False)
+    # i64[documents], the index behind each document; the last is n
     ends: np.ndarray = dataclasses.field(repr=False)
-    first: int = 0
+    first: int = 0  # index of token 0 in the file
 
     def cut(self, at: int) -> tuple["TokenFile", "TokenFile"]:
         """Returns the tokens before an index and those from it on; either may be empty."""

@@ -107,13 +107,9 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` library.
+    """A tokenizer of the `tokenizers` library."""
 
-    Attributes:
-      path: of its JSON file.
-    """
-
-    path: Path
+    path: Path  # of its JSON file
 
     @functools.cached_property
     def _tokenizer(self) -> Any:

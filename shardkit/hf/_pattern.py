@@ -25,15 +25,11 @@ _TOKEN = re.compile(r"\s*(\(|\)|->|\d+/\d+|[a-z]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern.
+    """A parsed pattern."""
 
-    Attributes:
-      groups: one tuple of items for each dim of the tensor; an item is a letter, or `k/m`.
-      leaf: letters of the dims of the leaf, behind the stacked ones.
-    """
-
+    # one tuple of items for each dim of the tensor; an item is a letter, or `k/m`
     groups: tuple[tuple[str, ...], ...]
-    leaf: tuple[str, ...]
+    leaf: tuple[str, ...]  # letters of the dims of the leaf, behind the stacked ones
 
     def stored_shape(self, leaf_shape: tuple[int, ...], padding: int = 0) -> tuple[int, ...]:
         """Returns the shape of the tensor, from the leaf's without its stacked dims.

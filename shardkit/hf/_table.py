@@ -38,23 +38,15 @@ _PLACE = re.compile(r"\{([a-z])\}")
 
 @dataclasses.dataclass(frozen=True)
 class LeafSource:
-    """The tensors of one leaf.
+    """The tensors of one leaf."""
 
-    Attributes:
-      path: of the leaf.
-      shape: of the leaf.
-      dtype: of the leaf.
-      names: `{(i, j): name}` of the tensors by their place in the stacked dims; `()` without any.
-      pattern: from the dims of one tensor to those of the leaf behind the stacked ones.
-      padding: rows of the leaf's vocabulary that the tensors lack.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
+    path: str  # of the leaf
+    shape: tuple[int, ...]  # of the leaf
+    dtype: Any  # of the leaf
+    # `{(i, j): name}` of the tensors by their place in the stacked dims; `()` without any
     names: Mapping[tuple[int, ...], str]
-    pattern: Pattern
-    padding: int = 0
+    pattern: Pattern  # from the dims of one tensor to those of the leaf behind the stacked ones
+    padding: int = 0  # rows of the leaf's vocabulary that the tensors lack
 
     @property
     def type(self) -> str:

@@ -36,19 +36,12 @@ class BadFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-      file: that has it.
-      offset: of its first byte in the file.
-      shape: its dims.
-      dtype: name of its element type, as numpy and ml_dtypes call it.
-    """
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    file: Path  # that has it
+    offset: int  # of its first byte in the file
+    shape: tuple[int, ...]  # its dims
+    dtype: str  # name of its element type, as numpy and ml_dtypes call it
 
     @property
     def type(self) -> str:

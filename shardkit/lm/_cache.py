@@ -30,15 +30,10 @@ _CACHE = ("batch", "length", "kv_heads", "head_dim")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys after rotation, and values, of the positions of each row so far.
+    """Keys after rotation, and values, of the positions of each row so far."""
 
-    Attributes:
-      keys: [layers, rows, positions, kv_heads, head_dim].
-      values: the same.
-    """
-
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [layers, rows, positions, kv_heads, head_dim]
+    values: jax.Array  # the same
 
 
 def fill_cache(

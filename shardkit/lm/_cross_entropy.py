@@ -69,20 +69,12 @@ def cross_entropy(
     chunks: int,
     rule: LogitRule = PLAIN,
 ) -> Summary:
-    """Returns each token's logsumexp, label logit and largest logit.
+    """Returns each token's logsumexp, label logit and largest logit, f32[batch, length] each.
 
-    `lse - label` is the loss of a token in nats. The backward pass recomputes the logits chunk by
-    chunk; with one chunk it keeps them instead.
-
-    Args:
-      hidden_BTE: [batch, length, embed].
-      table_EV: [embed, vocab].
-      targets_BT: i32[batch, length], the labels.
-      chunks: number of parts of the vocabulary, a divisor of it.
-      rule: what becomes of the logits.
-
-    Returns:
-      f32[batch, length] three times; no gradient flows through the largest logit.
+    `lse - label` is the loss of a token in nats; no gradient flows through the largest logit. The
+    backward pass recomputes the logits chunk by chunk; with one chunk it keeps them instead. Hidden
+    states are [batch, length, embed], the table [embed, vocab], targets i32[batch, length];
+    `chunks` divides the vocabulary. The rule is what becomes of the logits.
     """
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)

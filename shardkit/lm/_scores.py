@@ -11,19 +11,12 @@ from ..step import CompiledStep
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """Score of a model on validation text.
+    """Score of a model on validation text."""
 
-    Attributes:
-      unit: what a token is: `byte` or `token`.
-      bits: mean bits per token.
-      scored: number of tokens.
-      bytes_per_token: mean bytes of a validation token; None if only tokens are known.
-    """
-
-    unit: str
-    bits: float
-    scored: int
-    bytes_per_token: float | None
+    unit: str  # what a token is: `byte` or `token`
+    bits: float  # mean bits per token
+    scored: int  # number of tokens
+    bytes_per_token: float | None  # mean bytes of a validation token; None if only tokens are known
 
     @classmethod
     def of(

@@ -32,19 +32,13 @@ _ROUNDING = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class ErrorLimits:
-    """The range of thresholds, in multiples of one rounding of the compute dtype (f32: 1.2e-7).
+    """The range of thresholds, in multiples of one rounding of the compute dtype (f32: 1.2e-7)."""
 
-    Attributes:
-      min_threshold: where no noise was measured: 8 roundings.
-      max_threshold: however large the noise: 84 roundings, 1e-5 in f32.
-      max_after_steps: the same after steps of the declared optimizer, and for a scalar (a metric,
-        an evaluation) whose noise is above 1 %. Adam divides a gradient by
-        its own magnitude, so an element that is zero up to rounding moves by the whole learning
-        rate.
-    """
-
-    min_threshold: float
-    max_threshold: float
+    min_threshold: float  # where no noise was measured: 8 roundings
+    max_threshold: float  # however large the noise: 84 roundings, 1e-5 in f32
+    # the same after steps of the declared optimizer, and for a scalar (a metric, an evaluation)
+    # whose noise is above 1 %. Adam divides a gradient by its own magnitude, so an element that is
+    # zero up to rounding moves by the whole learning rate.
     max_after_steps: float
 
     @classmethod

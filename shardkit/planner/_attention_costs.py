@@ -15,19 +15,13 @@ _TILE = 512  # the widest tile of logits that attention across devices computes 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCosts:
-    """Costs of one `sk.nn.attention`, forward or backward.
+    """Costs of one `sk.nn.attention`, forward or backward."""
 
-    Attributes:
-      exchanges: kind, mesh axes and payload of each.
-      flops: of its products, on all devices.
-      bytes_moved: bytes written and read, without q, k and v.
-      scratch: bytes that it holds while it runs.
-    """
-
+    # kind, mesh axes and payload of each
     exchanges: tuple[tuple[str, frozenset[str], SymbolicBytes], ...]
-    flops: float
-    bytes_moved: SymbolicBytes
-    scratch: SymbolicBytes
+    flops: float  # of its products, on all devices
+    bytes_moved: SymbolicBytes  # bytes written and read, without q, k and v
+    scratch: SymbolicBytes  # bytes that it holds while it runs
 
 
 def attention_costs(

@@ -18,21 +18,13 @@ _ONE_BATCH = Accumulate()
 
 @dataclasses.dataclass(frozen=True)
 class PlannedCase:
-    """One layout, without its remat policy.
+    """One layout, without its remat policy."""
 
-    Attributes:
-      sizes: size of each mesh axis.
-      batching: micro-batches, or the pipeline's schedule.
-      zero: ZeRO stage.
-      attention: method of attention along a split length.
-      state_bytes: exact bytes; None where the layout is not legal.
-    """
-
-    sizes: Mapping[str, int]
-    batching: Batching = _ONE_BATCH
-    zero: int = 0
-    attention: str = ""
-    state_bytes: StateBytes | None = None
+    sizes: Mapping[str, int]  # size of each mesh axis
+    batching: Batching = _ONE_BATCH  # micro-batches, or the pipeline's schedule
+    zero: int = 0  # ZeRO stage
+    attention: str = ""  # method of attention along a split length
+    state_bytes: StateBytes | None = None  # exact bytes; None where the layout is not legal
 
     @property
     def is_staged(self) -> bool:

@@ -20,17 +20,11 @@ from ._trace import StepCosts
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices, as estimates assume them.
+    """The devices, as estimates assume them."""
 
-    Attributes:
-      network: links and chip.
-      dtype: of the products.
-      overlap: share of communication that compute hides.
-    """
-
-    network: Network
-    dtype: str
-    overlap: float = 0.0
+    network: Network  # links and chip
+    dtype: str  # of the products
+    overlap: float = 0.0  # share of communication that compute hides
 
     @classmethod
     def of(
@@ -75,21 +69,13 @@ MeshBatching = tuple[Mapping[str, int], Accumulate]
 
 @dataclasses.dataclass(frozen=True)
 class Estimates:
-    """Estimates of many cases: f64[cases] each.
+    """Estimates of many cases: f64[cases] each."""
 
-    Attributes:
-      temp: peak bytes alive, without the arguments.
-      compute: seconds of products, each at the peak or at the memory's speed.
-      memory: seconds of other memory traffic.
-      wire: mesh axes → bytes one device sends per step.
-      communication: mesh axes → seconds on the links.
-    """
-
-    temp: np.ndarray
-    compute: np.ndarray
-    memory: np.ndarray
-    wire: Mapping[tuple[str, ...], np.ndarray]
-    communication: Mapping[tuple[str, ...], np.ndarray]
+    temp: np.ndarray  # peak bytes alive, without the arguments
+    compute: np.ndarray  # seconds of products, each at the peak or at the memory's speed
+    memory: np.ndarray  # seconds of other memory traffic
+    wire: Mapping[tuple[str, ...], np.ndarray]  # mesh axes → bytes one device sends per step
+    communication: Mapping[tuple[str, ...], np.ndarray]  # mesh axes → seconds on the links
 
     def seconds(self, overlap: float) -> np.ndarray:
         """Seconds of a step."""

@@ -40,18 +40,12 @@ LiveBytes = list[SymbolicBytes]
 
 @dataclasses.dataclass
 class Propagator:
-    """Propagates shardings through programs and logs what they cost.
+    """Propagates shardings through programs and logs what they cost."""
 
-    Attributes:
-      resolve: logical names and shape → the mesh axes that split each dim.
-      tile_width: elements to which a device's memory fills one dim of a value; 1 for none.
-      attention: method of attention along a split length.
-      costs: collectives, products and writes found.
-    """
-
-    resolve: Resolve
-    tile_width: int = 1
-    attention: str = ""
+    resolve: Resolve  # logical names and shape → the mesh axes that split each dim
+    tile_width: int = 1  # elements to which a device's memory fills one dim of a value; 1 for none
+    attention: str = ""  # method of attention along a split length
+    # collectives, products and writes found
     costs: CostLog = dataclasses.field(default_factory=CostLog)
 
     def run(

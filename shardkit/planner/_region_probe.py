@@ -36,19 +36,14 @@ _forward_p.multiple_results = _backward_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True)
 class MarkedRegions:
-    """Regions that a loss marks, each distinct one once.
+    """Regions that a loss marks, each distinct one once."""
 
-    Attributes:
-      layers: number of layers of a `sk.nn.layer_stack`.
-      attention: (length, heads, key heads) of a `sk.nn.attention`.
-      experts: (number, whether bounded by capacity) of a `sk.nn.experts`.
-      error: why the loss could not be traced.
-    """
-
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # number of layers of a `sk.nn.layer_stack`
+    # (length, heads, key heads) of a `sk.nn.attention`
     attention: tuple[tuple[int, int, int], ...] = ()
+    # (number, whether bounded by capacity) of a `sk.nn.experts`
     experts: tuple[tuple[int, bool], ...] = ()
-    error: str = ""
+    error: str = ""  # why the loss could not be traced
 
     @classmethod
     def of(cls, jaxpr: Jaxpr) -> "MarkedRegions":

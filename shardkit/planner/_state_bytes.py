@@ -22,25 +22,16 @@ _GRADIENT_BYTES = 4  # gradients accumulate in f32
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Exact bytes of one device on one mesh.
+    """Exact bytes of one device on one mesh."""
 
-    Attributes:
-      state: parameters, optimizer state, model_state, counter and key.
-      batch: its share of the batch.
-      unreduced: its gradients in f32, unreduced over rows, as one reduction per step needs them.
-      reduced: its gradients in f32, sharded as the parameters are.
-      outside_stages: part of `unreduced` that no stage of a pipeline has for itself.
-      update_gather: bytes it sends to gather the parameters that it updated in parts.
-      strategy: of the layout, without options of its attention and pipeline.
-    """
-
-    state: int
-    batch: int
+    state: int  # parameters, optimizer state, model_state, counter and key
+    batch: int  # its share of the batch
+    # its gradients in f32, unreduced over rows, as one reduction per step needs them
     unreduced: int
-    reduced: int
-    outside_stages: int
-    update_gather: float
-    strategy: Strategy
+    reduced: int  # its gradients in f32, sharded as the parameters are
+    outside_stages: int  # part of `unreduced` that no stage of a pipeline has for itself
+    update_gather: float  # bytes it sends to gather the parameters that it updated in parts
+    strategy: Strategy  # of the layout, without options of its attention and pipeline
 
     def extra_sends(
         self, sizes: Mapping[str, int], batch_scale: float = 1.0

@@ -49,16 +49,11 @@ from ._symbolic_sharding import (
 
 @dataclasses.dataclass(frozen=True)
 class TracedModel:
-    """The parts of a spec that do not depend on a mesh, traced once.
+    """The parts of a spec that do not depend on a mesh, traced once."""
 
-    Attributes:
-      spec: loss, optimizer, init, batch, precision.
-      abstract: the state's shapes and the parameters' logical axes.
-      programs: (remat policy, whether attention is one operation) → gradient, once traced.
-    """
-
-    spec: StepSpec
-    abstract: AbstractState
+    spec: StepSpec  # loss, optimizer, init, batch, precision
+    abstract: AbstractState  # the state's shapes and the parameters' logical axes
+    # (remat policy, whether attention is one operation) → gradient, once traced
     programs: dict[tuple[str, bool], FlatProgram] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -158,19 +153,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Costs of one loss and gradient, symbolic in the sizes of the mesh axes.
+    """Costs of one loss and gradient, symbolic in the sizes of the mesh axes."""
 
-    Attributes:
-      log: collectives, products and writes of one micro-batch.
-      live_bytes: the distinct sums of bytes alive at an operation.
-      problems: what could not be costed.
-      lengths: sizes of the dims that the model names `length`.
-    """
-
-    log: CostLog
-    live_bytes: list[SymbolicBytes]
-    problems: tuple[str, ...]
-    lengths: frozenset[int]
+    log: CostLog  # collectives, products and writes of one micro-batch
+    live_bytes: list[SymbolicBytes]  # the distinct sums of bytes alive at an operation
+    problems: tuple[str, ...]  # what could not be costed
+    lengths: frozenset[int]  # sizes of the dims that the model names `length`
 
 
 def propagate_step(

@@ -43,16 +43,11 @@ def _check(message: Message) -> None:
 
 @dataclasses.dataclass
 class _Member:
-    """State of one process, as last reported.
+    """State of one process, as last reported."""
 
-    Attributes:
-      stream: connection to it.
-      step: last update that it dispatched.
-      events: number of events of its loop; every process has the same ones in the same order.
-    """
-
-    stream: MessageStream
-    step: int = 0
+    stream: MessageStream  # connection to it
+    step: int = 0  # last update that it dispatched
+    # number of events of its loop; every process has the same ones in the same order
     events: int = 0
 
 

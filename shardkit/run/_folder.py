@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 import warnings
@@ -30,26 +31,17 @@ from ._source import DataSource
 
 @dataclasses.dataclass
 class RunFolder:
-    """Metrics and checkpoints of a run that is under way.
+    """Metrics and checkpoints of a run that is under way."""
 
-    Attributes:
-      metrics: the metrics file.
-      config: when to save, and what to do when a save fails.
-      source: batches; their position goes into each checkpoint.
-      record: settings as plain values.
-      say: prints one line for the user.
-      start: updates already made; 0 for a new run.
-      scored: whether the metrics hold an evaluation of the state that a resumed run starts from.
-      checkpoints: inside its `with` block; None for a run that makes no checkpoints.
-    """
-
-    metrics: MetricsFile
-    config: TrainConfig
-    source: DataSource
-    record: Mapping[str, Any]
-    say: Callable[[str], None]
-    start: int = 0
+    metrics: MetricsFile  # the metrics file
+    config: TrainConfig  # when to save, and what to do when a save fails
+    source: DataSource  # batches; their position goes into each checkpoint
+    record: Mapping[str, Any]  # settings as plain values
+    say: Callable[[str], None]  # prints one line for the user
+    start: int = 0  # updates already made; 0 for a new run
+    # whether the metrics hold an evaluation of the state that a resumed run starts from
     scored: bool = True
+    # inside its `with` block; None for a run that makes no checkpoints
     checkpoints: Checkpointer | None = None
 
     def __post_init__(self) -> None:
@@ -130,24 +122,10 @@ def open_run_folder(
     """Opens the folder of a run and yields it with the state that the run starts from.
 
     An exception of the body is logged in the metrics, behind which goodput is written in any case.
-
-    Args:
-      decision: whether the run resumes, and from where.
-      step: the compiled step, the same in all processes.
-      config: of the run.
-      retention: which checkpoints to keep; None for what the config says.
-      record: settings as plain values, for the metrics and the checkpoints.
-      facts: what decides the numbers besides the record, for the checkpoints.
-      source: batches.
-      console: where messages go.
-      process_group: this process among those that run together.
-      began: when this process started the run, in seconds since 1970.
-      seconds: what the time since then was spent on.
-      given: makes the keywords of `step.init` for a new run.
-
-    Raises:
-      CheckpointError: no usable checkpoint to resume from, or the last save failed.
-      ProcessError: other processes start from another state.
+    This process began the run in seconds since 1970; `seconds` is what the time since then was
+    spent on. `given` makes the keywords of `step.init` for a new run. Raises CheckpointError if no
+    checkpoint can be resumed from or the last save fails, ProcessError if other processes start
+    from another state.
     """
     path, resumed = create_shared_folder(process_group, decision), decision.resumed
     checkpoints = Checkpointer(
@@ -156,10 +134,7 @@ def open_run_folder(
         axes={join_path("params", name): names for name, names in step.layout.axes.items()},
         config={**record, FACTS: facts},
     )
-
-    def say(line: str) -> None:
-        console.print(Text(line), soft_wrap=True)
-
+    say = functools.partial(_say, console)
     opened = time.perf_counter()
     with leave_together(process_group), contextlib.ExitStack() as stack:
         if config.checkpoint_every:
@@ -201,6 +176,10 @@ def open_run_folder(
 
 def _is_scored(metrics: MetricsFile, step: int) -> bool:
     return any(row["kind"] == "eval" and row.get("step") == step for row in metrics.kept_rows)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
 
 
 def _restore(

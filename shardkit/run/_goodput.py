@@ -88,13 +88,8 @@ def interruption(kept: Sequence[_Row], dropped: Sequence[_Row], began: float) ->
                          |<----- lost ----->|<----- idle ----->|
                                                              began
 
-    Args:
-      kept: rows that stay in the metrics file.
-      dropped: rows of updates that will be made again.
-      began: when the new process started, in seconds since 1970.
-
-    Returns:
-      `lost` and `idle`; empty for a run without kept rows.
+    Dropped rows are of updates that will be made again; times are in seconds since 1970. A run
+    without kept rows has lost nothing.
     """
     if not kept:
         return {}

@@ -34,19 +34,12 @@ class MetricsFile:
         report_error: Callable[[str], None] | None = None,
         enabled: bool = True,
     ) -> None:
-        """Creates the file of a new run, or opens that of a resumed one.
+        """Creates the file of a new run, or opens that of one that resumes `after` a step.
 
-        Args:
-          folder: of the run.
-          after: the step from which the run resumes; rows of later steps are cut off, since
-            these updates will be made again. None for a new run.
-          report_error: called with a message for the first row that cannot be written; this and
-            later failures are then ignored (`train.on_save_error=continue`). By default a
-            failure raises.
-          enabled: False to write nothing at all, for processes other than the first.
-
-        Raises:
-          ConfigError: the file cannot be opened or read.
+        Rows of later steps are cut off, since these updates will be made again. `report_error` gets
+        a message for the first row that cannot be written; this and later failures are then ignored
+        (`train.on_save_error=continue`). By default a failure raises ConfigError. Processes other
+        than the first are not `enabled` and write nothing.
         """
         self.path, self._report_error, self._reported = folder / METRICS, report_error, False
         self.kept_rows: list[dict[str, Any]] = []

@@ -46,8 +46,7 @@ def add_state_metrics(
 ) -> dict[str, jax.Array]:
     """Adds copies of scalars of a state, which the next update donates; waits for nothing.
 
-    Raises:
-      ConfigError: the loss returns a metric of such a name.
+    Raises ConfigError if the loss returns a metric of such a name.
     """
     why = "is a metric that the loss returns"
     taken = [

@@ -33,18 +33,12 @@ _NO_MEMORY = "RESOURCE_EXHAUSTED"
 
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
-    """Runs one case after the other; every error becomes a row.
+    """Runs one case after the other; every error becomes a row."""
 
-    Attributes:
-      compiler: for this process's devices, or for an absent target.
-      verify: whether steps are compared with one device.
-      batches: host batches for that; None for generated ones.
-      estimate: case → modelled bytes per device; None for the model of `sk.plan`.
-    """
-
-    compiler: CaseCompiler
-    verify: bool = False
-    batches: Sequence[Batch] | None = None
+    compiler: CaseCompiler  # for this process's devices, or for an absent target
+    verify: bool = False  # whether steps are compared with one device
+    batches: Sequence[Batch] | None = None  # host batches for that; None for generated ones
+    # case → modelled bytes per device; None for the model of `sk.plan`
     estimate: Callable[[SweepCase], float] | None = None
 
     @functools.cached_property

@@ -23,19 +23,12 @@ Factory = Callable[..., CompiledStep | StepSpec]
 
 @dataclasses.dataclass(frozen=True)
 class CompiledCase:
-    """A compiled case.
+    """A compiled case."""
 
-    Attributes:
-      report: of the step; `report.seconds` are those of tracing, lowering and compiling.
-      seconds: wall time from the call of the factory to the report, a child's start included.
-      spec: the spec of the step.
-      step: None if it was compiled in another process.
-    """
-
-    report: Report
-    seconds: float
-    spec: StepSpec
-    step: CompiledStep | None = None
+    report: Report  # of the step; `report.seconds` are those of tracing, lowering and compiling
+    seconds: float  # wall time from the call of the factory to the report, a child's start included
+    spec: StepSpec  # the spec of the step
+    step: CompiledStep | None = None  # None if it was compiled in another process
 
 
 class CaseCompiler(Protocol):
@@ -58,15 +51,10 @@ class CaseCompiler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LocalCompiler:
-    """Compiles in this process, for the first of its devices.
+    """Compiles in this process, for the first of its devices."""
 
-    Attributes:
-      factory: declares or compiles a case for a mesh.
-      present: the process's devices.
-    """
-
-    factory: Factory
-    present: Sequence[Any]
+    factory: Factory  # declares or compiles a case for a mesh
+    present: Sequence[Any]  # the process's devices
 
     @property
     def device_info(self) -> Mapping[str, Any]:
@@ -93,19 +81,12 @@ class LocalCompiler:
 
 @dataclasses.dataclass(frozen=True)
 class TargetCompiler:
-    """Compiles for absent devices, each case in a child process.
+    """Compiles for absent devices, each case in a child process."""
 
-    Attributes:
-      factory: declares a case for a `MeshSpec`.
-      source: case → what the child loads.
-      target: the devices.
-      timeout: seconds after which a child is killed.
-    """
-
-    factory: Factory
-    source: Callable[[SweepCase], StepSource]
-    target: str
-    timeout: float
+    factory: Factory  # declares a case for a `MeshSpec`
+    source: Callable[[SweepCase], StepSource]  # case → what the child loads
+    target: str  # the devices
+    timeout: float  # seconds after which a child is killed
 
     @property
     def device_info(self) -> Mapping[str, Any]:

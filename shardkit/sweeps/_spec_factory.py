@@ -16,13 +16,9 @@ from ..step import StepSpec
 
 @dataclasses.dataclass(frozen=True)
 class SpecFactory:
-    """The step of a spec, with built-in strategies for axes that its own does not split.
+    """The step of a spec, with built-in strategies for axes that its own does not split."""
 
-    Attributes:
-      spec: the step; a case sets its `accumulate` and `remat`.
-    """
-
-    spec: StepSpec
+    spec: StepSpec  # the step; a case sets its `accumulate` and `remat`
 
     def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> StepSpec:
         """The spec of a case."""

@@ -161,19 +161,12 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-    """A sweep under way.
+    """A sweep under way."""
 
-    Attributes:
-      journal: the rows, those of earlier runs included.
-      runner: runs single cases.
-      cases: all cases of the sweep.
-      on_row: called with each new row.
-    """
-
-    journal: Journal
-    runner: CaseRunner
-    cases: Sequence[SweepCase]
-    on_row: OnRow
+    journal: Journal  # the rows, those of earlier runs included
+    runner: CaseRunner  # runs single cases
+    cases: Sequence[SweepCase]  # all cases of the sweep
+    on_row: OnRow  # called with each new row
 
     def compile(self, *, verify: bool, timed: bool) -> dict[str, "CompiledStep"]:
         """Runs the cases that have no complete row; returns the steps to be timed."""

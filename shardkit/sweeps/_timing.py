@@ -20,17 +20,12 @@ SIMULATED = "measured on simulated devices, not a speed claim"
 
 @dataclasses.dataclass
 class StepTimes:
-    """Times of one step so far.
+    """Times of one step so far."""
 
-    Attributes:
-      warm_up: seconds of the first update of each repeat.
-      seconds: seconds of every later update.
-      error: exception that ended it; it is not timed any further.
-    """
-
+    # seconds of the first update of each repeat
     warm_up: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    error: Exception | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)  # seconds of every later update
+    error: Exception | None = None  # exception that ended it; it is not timed any further
 
     def figures(self) -> dict[str, Any]:
         """Median and quartiles, and the median of the warm-up, as plain values."""

@@ -22,17 +22,11 @@ ASSUMPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """The network that a mesh has.
+    """The network that a mesh has."""
 
-    Attributes:
-      chip: the device.
-      mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: mesh axes that cross slices, over the network between hosts.
-    """
-
-    chip: Chip
-    mesh: tuple[tuple[str, int], ...]
-    dcn: tuple[str, ...] = ()
+    chip: Chip  # the device
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes, in the mesh's order
+    dcn: tuple[str, ...] = ()  # mesh axes that cross slices, over the network between hosts
 
     def seconds(self, row: LedgerRow) -> float:
         """Time of one execution of a collective."""

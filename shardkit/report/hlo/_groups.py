@@ -35,18 +35,13 @@ Mesh = Sequence[tuple[str, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The mesh axes that a collective spans.
+    """The mesh axes that a collective spans."""
 
-    Attributes:
-      axes: mesh axes along which members of one group differ, in mesh order.
-      size: devices in a group; for a permutation, positions along `axes`.
-      full_axes: each group has all devices along `axes`; False for a part, such as half of one.
-      senders: share of the devices that send; below 1 for a permutation that leaves some out.
-    """
-
-    axes: tuple[str, ...]
-    size: int
+    axes: tuple[str, ...]  # mesh axes along which members of one group differ, in mesh order
+    size: int  # devices in a group; for a permutation, positions along `axes`
+    # each group has all devices along `axes`; False for a part, such as half of one
     full_axes: bool = True
+    # share of the devices that send; below 1 for a permutation that leaves some out
     senders: fractions.Fraction = fractions.Fraction(1)
 
 

@@ -55,19 +55,12 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Misaligned:
-    """An instruction that combines parts which do not belong together.
+    """An instruction that combines parts which do not belong together."""
 
-    Attributes:
-      instruction: the instruction.
-      shape: of one of the arrays that it combines, on one device.
-      dim: the dim whose starts differ.
-      devices: number of devices on which they differ.
-    """
-
-    instruction: Instruction
-    shape: Shape
-    dim: int
-    devices: int
+    instruction: Instruction  # the instruction
+    shape: Shape  # of one of the arrays that it combines, on one device
+    dim: int  # the dim whose starts differ
+    devices: int  # number of devices on which they differ
 
 
 def find_misaligned(

@@ -66,15 +66,11 @@ def _matching_transfers(
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How a mesh is laid out on slices.
+    """How a mesh is laid out on slices."""
 
-    Attributes:
-      mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: mesh axis → slices along it, for the axes that cross slices. Slices are numbered in
-        the order of the mesh.
-    """
-
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes, in the mesh's order
+    # mesh axis → slices along it, for the axes that cross slices. Slices are numbered in the order
+    # of the mesh.
     dcn: Mapping[str, int]
 
     @property

@@ -30,21 +30,13 @@ _NO_BUFFER = frozenset({"parameter", "constant"})
 
 @dataclasses.dataclass(frozen=True)
 class SavedActivation:
-    """A value that is saved for the backward pass.
+    """A value that is saved for the backward pass."""
 
-    Attributes:
-      shape: one device's shard.
-      global_shape: shape of the whole array.
-      scope: the model's scope that computes it.
-      axes: mesh axes that split it.
-      source: the line of the user's code that computes it; None if unknown.
-    """
-
-    shape: Shape
-    global_shape: tuple[int, ...]
-    scope: str
-    axes: tuple[str, ...]
-    source: Source | None = None
+    shape: Shape  # one device's shard
+    global_shape: tuple[int, ...]  # shape of the whole array
+    scope: str  # the model's scope that computes it
+    axes: tuple[str, ...]  # mesh axes that split it
+    source: Source | None = None  # the line of the user's code that computes it; None if unknown
 
 
 def find_saved_activations(
