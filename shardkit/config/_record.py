@@ -54,14 +54,8 @@ def from_record(record: Mapping[str, Any], where: str) -> Config:
     """Rebuilds model, data, optimizer and loop of a config from its record.
 
     Mesh and strategy are those of `Config()`: records hold the `repr` of their rules, which cannot
-    be read back.
-
-    Args:
-      record: from `to_record`.
-      where: names the record in errors.
-
-    Raises:
-      ConfigError: it is not a record of a config, or has fields that this version does not have.
+    be read back. Raises ConfigError, which names the record as `where`, if it is not one of a
+    config, or has fields that this version does not have.
     """
     groups = [name for name in _PLAIN if isinstance(record.get(name), Mapping)]
     if len(groups) < len(_PLAIN):

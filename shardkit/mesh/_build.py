@@ -16,18 +16,12 @@ from ._target import Target, format_example
 
 
 def target_devices(target: Target) -> list[Any]:
-    """Lists the devices of a target.
+    """Lists the devices of a target, in JAX's order.
 
-    Args:
-      target: the machine's own devices, its first n CPU devices, or TPU devices that only
-        the compiler knows.
-
-    Returns:
-      Devices of JAX, in its order.
-
-    Raises:
-      MeshError: this process has fewer CPU devices, the `[tpu]` extra is not installed, the TPU
-        compiler does not know the shape, or the target is a GPU that is not in this process.
+    They are the machine's own devices, its first n CPU devices, or TPU devices that only the
+    compiler knows. Raises MeshError if this process has fewer CPU devices, the `[tpu]` extra is not
+    installed, the TPU compiler does not know the shape, or the target is a GPU that is not in this
+    process.
     """
     if target.kind == "local":
         return jax.devices()

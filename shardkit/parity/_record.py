@@ -37,17 +37,11 @@ OWN_PROGRAM = (GRADIENTS, SGD, EVALUATE)
 
 @dataclasses.dataclass(frozen=True)
 class ParityInputs:
-    """What the reference and every mesh run on.
+    """What the reference and every mesh run on."""
 
-    Attributes:
-      batches: host batches; step t uses number t modulo `len(batches)`.
-      steps: updates with the declared optimizer.
-      key: typed PRNG key[] of the initial state.
-    """
-
-    batches: Sequence[Batch]
-    steps: int
-    key: Key
+    batches: Sequence[Batch]  # host batches; step t uses number t modulo `len(batches)`
+    steps: int  # updates with the declared optimizer
+    key: Key  # typed PRNG key[] of the initial state
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""

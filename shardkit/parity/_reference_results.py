@@ -56,9 +56,7 @@ class ReferenceResults:
     def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
         """Runs a step on the same inputs and compares.
 
-        Args:
-          step: compiled for some mesh.
-          checks: which of the checks that compile a program of their own to run.
+        Of the checks that compile a program of their own, only `checks` run.
         """
         mesh = format_mesh(step.mesh.shape)
         observed = observe(step, self.inputs, self._sgd, checks)

@@ -92,18 +92,10 @@ def compile_layout(
     timeout: float = 1800.0,
     precision: str = "",
 ) -> Report:
-    """Compiles a config under a layout for a target.
+    """Compiles a config under a layout, `Candidate.declaration`, for a target.
 
-    Args:
-      code: `Candidate.declaration`.
-      source: the config file.
-      target: the devices.
-      global_batch: rows, if they are not the config's.
-      timeout: seconds.
-      precision: named dtype policy, if it is not the config's.
-
-    Raises:
-      ShardkitError: the layout is not legal, or was not compiled.
+    Rows and named dtype policy are the config's unless given; the timeout is in seconds. Raises
+    ShardkitError if the layout is not legal, or was not compiled.
     """
     text = _CONFIG.format(
         name=str(Path(source.name).resolve()) if source.name else None,

@@ -26,15 +26,10 @@ _NO_FACTORY = "The sweep has no factory."
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFactory:
-    """The step of a config, with built-in strategies for axes that its own does not split.
+    """The step of a config, with built-in strategies for axes that its own does not split."""
 
-    Attributes:
-      name: path of the config file, "" for the default one.
-      overrides: `path.to.field=value`.
-    """
-
-    name: str = ""
-    overrides: tuple[str, ...] = ()
+    name: str = ""  # path of the config file, "" for the default one
+    overrides: tuple[str, ...] = ()  # `path.to.field=value`
 
     @functools.cached_property
     def config(self) -> Config:
@@ -135,18 +130,9 @@ def declare_case(
 ) -> tuple[StepSpec, MeshSpec]:
     """Declares a case in a child process, from plain values.
 
-    Args:
-      mesh: axis → size.
-      accumulate: micro-batches.
-      remat: name of a checkpoint policy.
-      config: path of a config file, "" for the default one.
-      overrides: for the config.
-      record: `ConfigFactory.record` of the config when the sweep began.
-      function: `module:function` instead of a config.
-
-    Raises:
-      SweepError: the config was changed since.
-      StepError: the function does not return a spec.
+    The factory is a config file ("" for the default one) with its overrides, or `module:function`.
+    `record` is `ConfigFactory.record` when the sweep began: SweepError if the config was changed
+    since. Raises StepError if the function does not return a spec.
     """
     factory = _import_factory(function) if function else ConfigFactory(config, tuple(overrides))
     if isinstance(factory, ConfigFactory) and record != json.loads(json.dumps(factory.record())):
@@ -160,12 +146,8 @@ def declare_case(
 def make_factory(source: Any) -> Steps:
     """Makes the factory of a sweep from a spec, a function or its name, or the path of a config.
 
-    Args:
-      source: a spec, a factory, `module:function`, or the path of a config file.
-
-    Raises:
-      ConfigError: the function does not exist, its module cannot be imported, or it cannot be
-        called as a factory is.
+    Raises ConfigError if the function does not exist, its module cannot be imported, or it cannot
+    be called as a factory is.
     """
     if isinstance(source, StepSpec):
         return SpecFactory(source)

@@ -15,14 +15,9 @@ from ..mesh import MeshSpec, Target
 def build_target_mesh(mesh: MeshSpec, target: Target) -> Mesh:
     """Builds a mesh on the devices of a target: present, simulated, or absent.
 
-    Args:
-      mesh: the declared mesh.
-      target: any target. GPUs are ordered by slice, then host, so that the last axes of a mesh
-        stay within a host.
-
-    Raises:
-      MeshError: the mesh does not fit, or the target's compiler is not installed or does not
-        know the topology.
+    GPUs are ordered by slice, then host, so that the last axes of a mesh stay within a host. Raises
+    MeshError if the mesh does not fit, or the target's compiler is not installed or does not know
+    the topology.
     """
     if target.kind != "gpu":
         return mesh.build(str(target))

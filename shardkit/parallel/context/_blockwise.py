@@ -86,11 +86,7 @@ def attend_backward(
 ) -> Gradients:
     """Returns what these keys add to the gradients of q, k and v, each in f32.
 
-    Args:
-      queries: as for `attend`.
-      keys: as for `attend`; some of the keys that the softmax is over.
-      cotangents: of the softmax over all keys.
-      options: as for `attend`.
+    They are some of the keys that the softmax of the cotangents is over.
     """
     tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], options.causal)
     queries, keys, pairs = _order_after_queries(queries, keys, tiles.pairs)
