@@ -10,7 +10,7 @@ import numpy as np
 from .._core.errors import DataError, Problem, count
 from ._chat_template import ChatTemplate, Spans
 from ._json_lines import Example, raise_some
-from ._sequences import TokenBatch, pack_best_fit
+from ._sequences import TokenBatch, fill_rows, pack_best_fit
 from ._tokenizer import Tokenizer
 
 
@@ -177,20 +177,8 @@ class ExampleRows:
     def make(self, rows: Sequence[int]) -> TokenBatch:
         """Returns the rows of these numbers; a number behind the last is a row of padding.
 
-        Returns:
-          `inputs`, `targets` and `segment_ids` i32[n, length], examples numbered from 1 in each
-          row and padding 0; `weights` f32[n, length], 1 where an answer is predicted.
+        Weights are 1 where an answer is predicted; for the other arrays see `fill_rows`.
         """
-        shape = (len(rows), self.length)
-        names = ("inputs", "targets", "segment_ids")
-        batch: TokenBatch = {name: np.zeros(shape, np.int32) for name in names}
-        batch["weights"] = np.zeros(shape, np.float32)
-        for i, row in enumerate(rows):
-            at = 0
-            for segment, number in enumerate(self.members[row] if row < len(self.members) else ()):
-                example = self.examples[number]
-                here = (i, slice(at, at + example.size))
-                batch["inputs"][here], batch["targets"][here] = example.ids[:-1], example.ids[1:]
-                batch["weights"][here], batch["segment_ids"][here] = example.counts[1:], segment + 1
-                at += example.size
-        return batch
+        members = (self.members[row] if row < len(self.members) else () for row in rows)
+        examples = [[self.examples[number] for number in row] for row in members]
+        return fill_rows([[(e.ids, e.counts[1:]) for e in row] for row in examples], self.length)

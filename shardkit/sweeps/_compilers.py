@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,24 +31,6 @@ class CompiledCase:
     step: CompiledStep | None = None  # None if it was compiled in another process
 
 
-class CaseCompiler(Protocol):
-    """Compiles one case after the other."""
-
-    @property
-    def device_info(self) -> Mapping[str, Any]:
-        """Target, and platform and kind of the devices if they are present."""
-        ...
-
-    @property
-    def network(self) -> Network | None:
-        """Links and chip of the devices; None if the hardware table does not have them."""
-        ...
-
-    def compile(self, case: SweepCase) -> CompiledCase:
-        """Compiles a case; raises whatever is wrong with it."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class LocalCompiler:
     """Compiles in this process, for the first of its devices."""
@@ -64,7 +46,7 @@ class LocalCompiler:
 
     @property
     def network(self) -> Network | None:
-        """Links of the devices' kind."""
+        """Links of the devices' kind; None if the hardware table does not have them."""
         chip = identify_chip(self.present[0].device_kind)
         return Network(chip) if chip else None
 
@@ -95,7 +77,7 @@ class TargetCompiler:
 
     @property
     def network(self) -> Network | None:
-        """Links of the target."""
+        """Links of the target; None if the hardware table does not have them."""
         target = Target.parse(self.target)
         return Network.of(target) if target.chip else None
 
@@ -105,6 +87,9 @@ class TargetCompiler:
         spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
         return CompiledCase(report, time.perf_counter() - start, spec)
+
+
+CaseCompiler = LocalCompiler | TargetCompiler
 
 
 def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
