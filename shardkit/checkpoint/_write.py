@@ -165,10 +165,8 @@ def _add_sums(parts: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:
 def collect(folder: Path, written: Written | Exception) -> Written | None:
     """Returns what all processes have written, to the first one; None to the others.
 
-    Every process must call it, with the error if it has failed.
-
-    Raises:
-      CheckpointError: a process has failed, or its folder is not that of the first.
+    Every process must call it, with the error if it has failed. Raises CheckpointError then, or if
+    its folder is not that of the first.
     """
     if not has_several_processes():
         return written if isinstance(written, Written) else None

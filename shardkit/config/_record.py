@@ -38,10 +38,7 @@ def run_record(config: Config) -> dict[str, Any]:
     """Returns the record of a run: what its weights are, in place of where they are read from.
 
     The decoder that a folder describes is in `model`, the checksum of its files in `weights`.
-
-    Raises:
-      ConfigError: there is no such folder, or its family is unknown.
-      CheckpointError: its files cannot be read.
+    Raises ConfigError without such a folder or family, CheckpointError if its files cannot be read.
     """
     record = to_record(config) | {"lora": to_record(config.adapters)}
     if isinstance(config.model, PretrainedDecoder):

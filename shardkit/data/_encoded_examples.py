@@ -97,10 +97,8 @@ def fit_examples(
 ) -> tuple[list[EncodedExample], list[EncodedExample]]:
     """Returns the examples that fit into rows, and those of which something is left out.
 
-    Text is cut into parts, so that each of its tokens is predicted once.
-
-    Raises:
-      DataError: one is longer than a row and `overlong` is `error`, or none is left.
+    Text is cut into parts, so that each of its tokens is predicted once. Raises DataError if one is
+    longer than a row and `overlong` is `error`, or none is left.
     """
     fitting, changed = list[EncodedExample](), list[EncodedExample]()
     for example, text in zip(encoded, is_text, strict=True):
@@ -132,10 +130,8 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Splits off the validation examples: those with the lowest hashes of their words.
 
-    Neither their order nor a seed moves one, and equal ones are on one side.
-
-    Raises:
-      DataError: all are equal, or there is one.
+    Neither their order nor a seed moves one, and equal ones are on one side. Raises DataError if
+    all are equal, or there is one.
     """
     hashes = [hashlib.sha256(repr(e.turns).encode("utf-8", "replace")).digest() for e in examples]
     last = sorted(hashes)[max(1, round(fraction * len(hashes))) - 1]

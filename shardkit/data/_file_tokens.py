@@ -18,9 +18,6 @@ class FileTokens:
 
     The file stays open, so that it may be deleted or replaced by another one of its name; whether
     it was changed itself is looked at before every read.
-
-    Attributes:
-      dtype: of the tokens.
     """
 
     def __init__(

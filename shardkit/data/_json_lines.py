@@ -60,9 +60,8 @@ class _BadLineError(ValueError):
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     """Reads every example of a file, or of the `.jsonl` files of a folder, in order of names.
 
-    Raises:
-      DataError: a file is missing or cannot be read; there is no example; or with the lines that
-        are not examples, of many the first ten.
+    Raises DataError if a file is missing or cannot be read or there is no example, and with the
+    first ten lines that are none.
     """
     root = local_path(path, DataError, _HEADLINE)
     examples, problems = list[Example](), list[Problem]()

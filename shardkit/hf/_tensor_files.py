@@ -69,9 +69,8 @@ class StoredTensor:
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of all files of a folder: `{name: tensor}`.
 
-    Raises:
-      CheckpointError: there is no index where several files need one, the index names a path or a
-        file that is absent, or a file is truncated or not as the index says; all in one error.
+    One CheckpointError says that several files have no index, that it names a path or a file that
+    is absent, or that a file is truncated or not as it says.
     """
     weight_map, problems = read_index(folder), list[Problem]()
     tensors: dict[str, StoredTensor] = {}

@@ -71,13 +71,10 @@ def describe_text_metrics(values: Mapping[str, float], unit: str = "byte") -> st
 def measure_bits_per_token(
     step: CompiledStep, state: Any, text: ScoredSource, batches: Iterable[int]
 ) -> tuple[float, int]:
-    """Evaluates the validation batches of these numbers.
+    """Evaluates the validation batches of these numbers: bits per token, and the number of tokens.
 
     The loss of a batch is a mean over its valid tokens. Weighted by their number, the mean over
     batches is the mean over all tokens.
-
-    Returns:
-      Bits per token, and the number of tokens.
     """
     scores: list[tuple[Any, int]] = []
     for i in batches:

@@ -7,15 +7,11 @@ from ._symbolic_sharding import SymbolicBytes, add_bytes
 
 
 class BufferLifetimes:
-    """Buffers, from the operation that writes each to the last one that reads it.
-
-    Attributes:
-      at: index of the operation under way.
-    """
+    """Buffers, from the operation that writes each to the last one that reads it."""
 
     def __init__(self, flat: FlatProgram) -> None:
         self.flat = flat
-        self.at = 0
+        self.at = 0  # index of the operation under way
         self._roots: dict[int, frozenset[Hashable]] = {}  # value → buffers it is computed from
         self._written: dict[Hashable, tuple[int, SymbolicBytes]] = {}
         self._last_read: dict[Hashable, int] = {}

@@ -181,17 +181,11 @@ def cost_collectives(
 
 
 class ShardCounts:
-    """Number of shards that sets of axes make, for every case.
-
-    Attributes:
-      cases: `{axis: size}` and micro-batches, each.
-      micro_batches: f64[cases].
-      reduces_once: bool[cases], whether gradients are reduced after the last micro-batch.
-      sizes: mesh axis, or the axis of micro-batches → f64[cases].
-    """
+    """Number of shards that sets of axes make, for every case."""
 
     def __init__(self, cases: Sequence[MeshBatching], batch_scale: float) -> None:
         self.cases = cases
+        # f64[cases], bool[cases], and mesh axis, or that of micro-batches → f64[cases].
         self.micro_batches = np.array([float(a.micro_batches) for _, a in cases])
         self.reduces_once = np.array([a.reduce == "end" for _, a in cases])
         self.sizes = {a: np.array([float(m[a]) for m, _ in cases]) for a in cases[0][0]}

@@ -20,15 +20,7 @@ from ._symbolic_sharding import (
 
 
 class ProgramValues:
-    """Shardings and buffers of a program's values; what a use of them sends goes to a log.
-
-    Attributes:
-      flat: the program.
-      shardings: number of a value → its sharding, of those computed so far.
-      required: number of a value → the layout that it must have in the end.
-      lifetimes: buffers.
-      readers: number of a value → operations that read it.
-    """
+    """Shardings and buffers of a program's values; what a use of them sends goes to a log."""
 
     def __init__(
         self,
@@ -40,6 +32,7 @@ class ProgramValues:
         loops: frozenset[str],
     ) -> None:
         self.flat, self.costs = flat, costs
+        # By number of a value: the shardings computed so far, and layouts of the end.
         self.shardings: dict[int, SymbolicSharding] = {}
         self.required: Mapping[int, Dims] = {}
         self.lifetimes = BufferLifetimes(flat)

@@ -164,11 +164,10 @@ def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks that the environment names a cluster completely, or none.
+    """Raises ProcessError unless the environment names a cluster completely, or none.
 
-    Raises:
-      ProcessError: lists every variable that is missing or contradicts another. JAX would ignore
-        it, and each process would train alone.
+    It lists every variable that is missing or contradicts another. JAX would ignore it, and each
+    process would train alone.
     """
     problems = [*_numbers_problems(environment), *_incomplete(environment)]
     raise_all(ProcessError, "The environment names half a cluster.", problems)

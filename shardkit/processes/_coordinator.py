@@ -52,11 +52,7 @@ class _Member:
 
 
 class Coordinator:
-    """Collects the reports of all processes, and tells all of them when one cannot continue.
-
-    Attributes:
-      stream: process 0's own end of its connection.
-    """
+    """Collects the reports of all processes, and tells all of them when one cannot continue."""
 
     def __init__(
         self, listener: socket.socket | None, count: int, token: str, patience: float
@@ -80,7 +76,7 @@ class Coordinator:
         self._closing = False
         end, other_end = socket.socketpair()
         self._accept(end)
-        self.stream = MessageStream(other_end)
+        self.stream = MessageStream(other_end)  # process 0's own end of its connection
         self._thread = threading.Thread(target=self._run, name="shardkit-coordinator", daemon=True)
         self._thread.start()
 

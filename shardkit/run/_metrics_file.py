@@ -18,14 +18,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """JSON lines, each appended by one `write`, so that readers see complete lines only.
-
-    Attributes:
-      path: `metrics.jsonl` in the run's folder.
-      kept_rows: rows of earlier processes of a resumed run.
-      dropped_rows: rows that were cut off because their updates will be made again.
-      broken_lines: numbers, counted from 1, of lines that are not rows.
-    """
+    """JSON lines, each appended by one `write`, so that readers see complete lines only."""
 
     def __init__(
         self,
@@ -42,6 +35,8 @@ class MetricsFile:
         than the first are not `enabled` and write nothing.
         """
         self.path, self._report_error, self._reported = folder / METRICS, report_error, False
+        # Rows of earlier processes of a resumed run, those whose updates will be made again, and
+        # the numbers, counted from 1, of lines that are not rows.
         self.kept_rows: list[dict[str, Any]] = []
         self.dropped_rows: list[dict[str, Any]] = []
         self.broken_lines: list[int] = []

@@ -25,12 +25,7 @@ _VERSION = 3
 
 
 class Journal:
-    """The rows of one sweep, in memory and on disk.
-
-    Attributes:
-      folder: of the sweep's files.
-      rows: key of a case → its newest row.
-    """
+    """The rows of one sweep, in memory (key of a case → its newest row) and on disk."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Opens a folder for a new sweep, or to resume that of the same identity, as plain values.

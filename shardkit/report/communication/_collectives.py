@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..._core.scope_markers import branch_shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
-from ..hlo._op_paths import OpPaths
+from ..hlo._neighbours import OpPaths
 from ..hlo._slices import Slices, crosses_slices, find_recv, kind_of_transfer
 from ..hlo._trips import TripCounts
 

@@ -117,12 +117,7 @@ Value = Buffer | list["Value"]
 
 
 class Liveness:
-    """The buffers of one scheduled program and when each is alive.
-
-    Attributes:
-      moments: the instruction of each moment; moment 1 is at index 0.
-      problems: what could not be followed.
-    """
+    """The buffers of one scheduled program and when each is alive."""
 
     def __init__(self, module: Module, platform: str, weights: frozenset[int]) -> None:
         """Walks a program that is scheduled and was read without problems.
@@ -133,8 +128,8 @@ class Liveness:
         self._module, self._platform = module, platform
         self._buffers: list[Buffer] = []
         self._reuse_candidates: list[tuple[int, Buffer, list[Buffer]]] = []
-        self.moments: list[Instruction] = []
-        self.problems: list[str] = []
+        self.moments: list[Instruction] = []  # moment 1 is at index 0
+        self.problems: list[str] = []  # what could not be followed
         self._walk_entry(weights)
         for moment, result, operands in self._reuse_candidates:
             _reuse_operand(moment, result.alias_root, operands)

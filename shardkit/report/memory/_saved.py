@@ -18,10 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_i
 
 from ..._core.equations import source_of_equation
 from ..._core.source import Source
-from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of, scope_of
-from ..hlo._sources import ComputedError
+from ..hlo._sources import ComputedError, find_argument
 
 _BACKWARD = ("backward", "recompute")
 _THROUGH = frozenset("tuple copy bitcast opt-barrier copy-start copy-done".split())

@@ -122,6 +122,10 @@ class Timeline:
             now += spent
         return tuple(blocks)
 
+    def exposed_by_axes(self) -> dict[str, float]:
+        """Mesh axes, joined by commas → exposed seconds, the most first."""
+        return dict(Counter(_by_axes(self.segments, "exposed")).most_common())
+
     def __str__(self) -> str:
         """A few lines of at most 100 columns, the step time first."""
         wrapped = [textwrap.wrap(line, 100, subsequent_indent="    ") for line in self._lines()]
@@ -140,8 +144,7 @@ class Timeline:
             f"  compute {show(self.compute)} ({self._products()}), communication "
             f"{show(sum(self.communication.values()))}, {show(self.exposed)} of it exposed"
         )
-        most_first = Counter(_by_axes(self.segments, "exposed")).most_common()
-        exposed = [f"{axes} {show(seconds)}" for axes, seconds in most_first if seconds]
+        exposed = [f"{axes} {show(s)}" for axes, s in self.exposed_by_axes().items() if s]
         if exposed:
             yield f"  exposed over {'; '.join(exposed)}"
 
