@@ -60,7 +60,7 @@ class MetricsFile:
         self.broken_lines = parse_rows(lines).broken
 
     def sync(self) -> None:
-        """Forces what was written onto the disk, for a checkpoint that relies on it."""
+        """Forces what was written onto the disk; raises ConfigError where the disk refuses."""
         if self._file is not None:
             with self._handle_errors():
                 os.fsync(self._file)

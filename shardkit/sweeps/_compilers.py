@@ -51,7 +51,7 @@ class LocalCompiler:
         return Network(chip) if chip else None
 
     def compile(self, case: SweepCase) -> CompiledCase:
-        """Builds the mesh, calls the factory and compiles its result."""
+        """Compiles what the factory makes; raises ShardkitError for a case that is illegal."""
         start = time.perf_counter()
         devices = None if case.devices == len(self.present) else self.present[: case.devices]
         mesh = case.mesh_spec.build(devices=devices)

@@ -122,7 +122,7 @@ class SelfCheckCallback(Callback):
         self._run = run
 
     def on_batch(self, step: int, state: Any, batch: Any) -> None:
-        """Checks the first update of the process, and every so many after it."""
+        """Checks before the first update and every so many; raises VerificationError on failure."""
         if (step - 1 - self._run.start) % self._every:
             return
         if (passed := self._find_passed(step)) is not None:
