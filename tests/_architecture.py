@@ -368,7 +368,8 @@ def _lazy_homes(parsed: ast.Module) -> dict[str, str | None]:
     """The table of a package that imports its names lazily: `{name: module, or None}`."""
     for node in ast.walk(parsed):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
-            return dict(ast.literal_eval(node.args[1]))
+            homes = ast.literal_eval(node.args[1])
+            return {name: home for names, home in homes.items() for name in names.split()}
     return {}
 
 

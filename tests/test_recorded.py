@@ -8,9 +8,9 @@ import pytest
 
 from shardkit.report import Program, model_time, read_ledger
 from shardkit.report.communication._collectives import SPELLED, find_collectives
-from shardkit.report.hlo._arguments import find_argument
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._slices import Slices
+from shardkit.report.hlo._sources import find_argument
 
 from ._programs import recorded, ring
 

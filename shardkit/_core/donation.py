@@ -5,23 +5,16 @@ from typing import NoReturn
 import jax
 from jax import core
 
-from .errors import Problem, StateError, StepError, format_problems, raise_all
+from .errors import Problem, StateError, StepError, raise_all
 from .tree import flatten_tree, path_str
 from .types import PyTree
 
 
 def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
-    """Refuses arrays whose buffers were donated to an earlier step.
+    """Raises StateError with the first three arrays of a tree that were donated to an earlier step.
 
-    Args:
-      tree: pytree of arrays.
-      name: of the tree in the message, such as `state`.
-      headline: first line of the error.
-
-    Raises:
-      StateError: some arrays are deleted; names the first three.
-      StepError: some are tracers.
-      TreeError: a dict of the tree has keys that cannot be sorted.
+    `name` is that of the tree in the message, such as `state`. Tracers raise StepError, and dicts
+    whose keys cannot be sorted TreeError.
     """
     leaves, _ = flatten_tree(tree, name)
     traced = next((x for x in leaves if isinstance(x, core.Tracer)), None)
@@ -41,10 +34,9 @@ def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
 
 
 def check_untraced(error: Exception) -> None:
-    """Explains what a compiled program raises where JAX traces the function that calls it.
+    """Raises StepError if an error says that JAX traces the function that calls a compiled program.
 
-    Raises:
-      StepError: the error is that one; nothing that the program takes need be traced.
+    Nothing that the program takes need be traced.
     """
     if "Cannot apply JAX transformations" in str(error):
         _raise_traced("step", "is called while a function is traced")
@@ -52,6 +44,5 @@ def check_untraced(error: Exception) -> None:
 
 def _raise_traced(subject: str, why: str) -> NoReturn:
     headline = "A step cannot be called inside of a transformation of JAX."
-    problem = Problem(subject, f"{why}: a step is a compiled program of its own")
     fix = "call the step in a Python loop, outside of jit, grad, vmap and scan"
-    raise StepError(format_problems(headline, [problem], fix))
+    raise StepError.of(headline, subject, f"{why}: a step is a compiled program of its own", fix)

@@ -38,19 +38,12 @@ _WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One random operation of a loss.
+    """One random operation of a loss."""
 
-    Attributes:
-      kind: `"bits"`, `"split"`, `"fold_in"` or `"gamma"`.
-      shape: what one key draws; of a fold the shape of the numbers.
-      from_key: whether it draws from the key that the loss gets.
-      line: the user's `file:line in function`.
-    """
-
-    kind: str
-    shape: Shape
-    from_key: bool
-    line: str = dataclasses.field(compare=False)
+    kind: str  # `"bits"`, `"split"`, `"fold_in"` or `"gamma"`
+    shape: Shape  # what one key draws; of a fold the shape of the numbers
+    from_key: bool  # whether it draws from the key that the loss gets
+    line: str = dataclasses.field(compare=False)  # the user's `file:line in function`
 
     @property
     def drawn(self) -> Drawn:
@@ -70,16 +63,9 @@ def match_draws(
 ) -> RandomDraws:
     """Traces a loss with the rows of one gradient shard and with all rows, and matches its draws.
 
-    Args:
-      loss: any traceable function.
-      shards: number of gradient shards.
-      shard_args: abstract arguments with the rows of one shard.
-      all_args: abstract arguments with the rows of all shards.
-      keys: how many of the last arguments are keys.
-      folds_followed: see `match_dims`.
-
-    Raises:
-      StepError: a draw depends on the number of rows in a way that cannot be split.
+    The arguments are abstract, with the rows of one shard and of all; the last `keys` of them are
+    keys. For `folds_followed` see `match_dims`. Raises StepError if a draw depends on the number of
+    rows in a way that cannot be split.
     """
     part, whole = (
         list_draws(trace_in_part(loss, args, keys)[0].jaxpr) for args in (shard_args, all_args)
@@ -92,16 +78,8 @@ def trace_in_part(
 ) -> tuple[core.ClosedJaxpr, PyTree]:
     """Traces a function with keys of the kind that it gets where rows are split.
 
-    Args:
-      run: a function of a user's loss.
-      args: abstract arguments.
-      keys: how many of the last ones are keys.
-
-    Returns:
-      The jaxpr, and the abstract results.
-
-    Raises:
-      StepError: JAX draws with such a key otherwise, or not at all.
+    The last `keys` of its abstract arguments are keys. Returns the jaxpr and the abstract results.
+    Raises StepError if JAX draws with such a key otherwise, or not at all.
     """
 
     def in_part(*args: Any) -> Any:
@@ -130,22 +108,13 @@ def trace_in_part(
 def match_dims(
     part: list[Draw], whole: list[Draw], parts: int, *, folds_followed: bool = False
 ) -> tuple[tuple[Drawn, GrownDim], ...]:
-    """Finds the dim along which each draw of a part is larger for the whole.
+    """Finds the dim along which each draw of a loss on a part of its rows is larger for the whole.
 
-    Args:
-      part: draws of a loss on one part of its rows (or of its length), in order.
-      whole: its draws on all parts together.
-      parts: number of parts.
-      folds_followed: whether numbers that are folded into a key once a row are known to be the
-        batch's own: `step/rows/` refuses those that count rows.
-
-    Returns:
-      What the generator is asked for and its grown dim, for each draw that grows: a dropout mask
-      bits[4, 8] that is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), GrownDim((4, 8),
-      0))`.
-
-    Raises:
-      StepError: a draw grows in another way, or from another key.
+    A part may also be one of the length. `folds_followed` says that numbers which are folded into a
+    key once a row are known to be the batch's own: `step/rows/` refuses those that count rows.
+    Returns what the generator is asked for and its grown dim, for each draw that grows: a dropout
+    mask bits[4, 8] that is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), GrownDim((4,
+    8), 0))`. Raises StepError if a draw grows in another way, or from another key.
     """
     problems: list[Problem] = []
     if [draw.kind for draw in part] != [draw.kind for draw in whole]:
@@ -186,10 +155,8 @@ def _find_grown_dim(small: Shape, large: Shape, parts: int) -> int | None:
 def list_draws(jaxpr: core.Jaxpr, around: tuple[core.JaxprEqn, ...] = ()) -> list[Draw]:
     """Lists every draw of a jaxpr in order.
 
-    Args:
-      jaxpr: of a loss.
-      around: equations that the jaxpr is inside of, the innermost first: their lines are the
-        user's where an operation is of JAX's own functions.
+    `around` are the equations that it is inside of, the innermost first: their lines are the user's
+    where an operation is of JAX's own functions.
     """
     draws = []
     for eqn in jaxpr.eqns:

@@ -29,11 +29,7 @@ def is_written_in(equation: Any, package: str) -> bool:
 
 
 def user_line(equation: Any) -> tuple[str, str]:
-    """The line of the user's code that made an equation.
-
-    Returns:
-      `file:line in function`, and the text of the line; "" for both where there is none.
-    """
+    """The user's `file:line in function` that made an equation, and its text; both may be ""."""
     source = source_of_equation(equation)
     return (str(source), source.code) if source else ("", "")
 
@@ -87,13 +83,10 @@ def evaluate(
     args: Sequence[Any],
     compute: Callable[[int, core.JaxprEqn, list[Any]], Sequence[Any]],
 ) -> list[Any]:
-    """Evaluates a program with a function in place of its operations.
+    """Evaluates a program, closed or not, with a function in place of its operations.
 
-    Args:
-      program: a jaxpr, closed or not.
-      args: values of its arguments, of any type that `compute` takes.
-      compute: `(position, equation, values of its operands) -> values of its results`, called with
-        the name and the line of the equation around it.
+    `compute(position, equation, values of its operands)` returns the values of its results, of any
+    type. It is called with the name and the line of the equation around it.
     """
     jaxpr, consts = open_jaxpr(program)
     values: dict[Any, Any] = dict(

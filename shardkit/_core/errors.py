@@ -8,10 +8,16 @@ every row under one headline, so that ten mistakes do not take ten runs.
 import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 
 class ShardkitError(ValueError):
     """Base of every error that a user's declaration, config or data can cause."""
+
+    @classmethod
+    def of(cls, headline: str, subject: str, why: str, fix: str = "") -> Self:
+        """Returns the error of a single problem; see `Problem`."""
+        return cls(format_problems(headline, [Problem(subject, why, fix)]))
 
 
 class Stopped(Exception):

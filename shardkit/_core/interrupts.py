@@ -25,11 +25,7 @@ SAVING = "shardkit-save"
 
 @contextlib.contextmanager
 def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
-    """Calls a function in a thread for each signal that has a handler of Python.
-
-    Args:
-      call: takes the number of the signal.
-    """
+    """Calls a function in a thread with the number of each signal that has a handler of Python."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -54,14 +50,10 @@ def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
 def send_again(
     kind: type[BaseException], number: int, prepare: Callable[[], object]
 ) -> Iterator[None]:
-    """Sends a signal again if Python swallows the exception that its handler raises.
+    """Sends a signal again if Python swallows the exception `kind` that its handler raises.
 
-    It does in a finalizer and in a callback of its garbage collector; JAX has one.
-
-    Args:
-      kind: of the exception.
-      number: of the signal.
-      prepare: called before.
+    It does in a finalizer and in a callback of its garbage collector; JAX has one. Before that it
+    calls `prepare`.
     """
     hook = sys.unraisablehook
 
@@ -122,10 +114,9 @@ class InterruptGuard:
 
     @contextlib.contextmanager
     def leaving(self, leave: Callable[[], str]) -> Iterator[None]:
-        """Calls a function before the block is ended at once.
+        """Calls a function in another thread before the block is ended at once.
 
-        Args:
-          leave: saves what must not be lost, in another thread; returns a message for the user.
+        It saves what must not be lost, and returns a message for the user.
         """
         self._leave = leave
         try:

@@ -20,11 +20,9 @@ from .errors import Problem, ShardkitError, raise_all
 
 
 def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Problem]:
-    """Returns one problem per option whose value does not match its annotation.
+    """Returns one problem per option `name=(value, annotation)` whose value does not match.
 
-    Args:
-      prefix: before each name in the message: `"RetentionPolicy."`.
-      **options: `name=(value, annotation)`.
+    The prefix comes before each name in the message: `"RetentionPolicy."`.
 
     >>> option_problems(sequence=("no", bool), stage=(1, int))
     [Problem(subject='sequence', why="expected true or false, got 'no'.", fix='sequence=False')]
@@ -43,16 +41,9 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
 def check_arguments(
     kind: type[ShardkitError], headline: str, prefix: str = "", **options: tuple[Any, Any]
 ) -> None:
-    """Checks arguments of a function against types.
+    """Raises an error of type `kind` with every option whose value does not match its annotation.
 
-    Args:
-      kind: type of the error.
-      headline: first line of the error.
-      prefix: before each name in the message.
-      **options: `name=(value, annotation)`.
-
-    Raises:
-      ShardkitError: of type `kind`, with every argument whose value does not match.
+    Options are `name=(value, annotation)`. The prefix comes before each name in the message.
     """
     raise_all(kind, headline, option_problems(prefix, **options))
 
@@ -60,14 +51,8 @@ def check_arguments(
 def copy_plain(kind: type[ShardkitError], headline: str, **values: Any) -> dict[str, Any]:
     """Returns values as JSON reads them back: names are texts, tuples are lists.
 
-    Args:
-      kind: type of the error.
-      headline: first line of the error.
-      **values: that a file will hold.
-
-    Raises:
-      ShardkitError: of type `kind`, with every value that a file would not give back: an array, a
-        NaN, or two names that are the same as texts.
+    Raises an error of type `kind` with every value that a file would not give back: an array, a
+    NaN, or two names that are the same as texts.
 
     >>> copy_plain(ShardkitError, "", data={1: (2, 3)})
     {'data': {'1': [2, 3]}}
@@ -92,16 +77,9 @@ def copy_plain(kind: type[ShardkitError], headline: str, **values: Any) -> dict[
 def check_options(
     declared: Any, kind: type[ShardkitError], headline: str, prefix: str = ""
 ) -> None:
-    """Checks every field of a dataclass against its annotation.
+    """Raises an error of type `kind` with every field of a dataclass that its annotation excludes.
 
-    Args:
-      declared: the dataclass, at the start of its `__post_init__`.
-      kind: type of the error.
-      headline: first line of the error.
-      prefix: before each field's name in the message.
-
-    Raises:
-      ShardkitError: of type `kind`, with every field whose value does not match.
+    It is called at the start of `__post_init__`. The prefix comes before each field's name.
     """
     hints = typing.get_type_hints(type(declared))
     options = {

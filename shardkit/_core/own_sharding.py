@@ -28,8 +28,7 @@ _NO_AXIS = re.compile(
 def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a function that is traced with the mesh axes that its own constraints name.
 
-    Args:
-      function: run once more for each axis that the mesh around it lacks, at its first call.
+    At its first call it runs once more for each axis that the mesh around it lacks.
 
     >>> spec = jax.sharding.PartitionSpec("data")
     >>> constrained = on_any_mesh(lambda x: jax.lax.with_sharding_constraint(x, spec))
@@ -66,8 +65,7 @@ def _extend(mesh: Any, added: list[str]) -> Any:
 def without_constraints(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without its sharding constraints, which change no value.
 
-    Args:
-      function: of arrays. Nothing differentiates the result, whose derivative rules keep theirs.
+    Nothing differentiates the result, whose derivative rules keep theirs.
     """
     return rewrite(function, {CONSTRAINT: _remove})
 

@@ -21,13 +21,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The trained and the frozen leaves of a tree of parameters.
+    """The trained and the frozen leaves of a tree of parameters."""
 
-    Attributes:
-      frozen: paths of the frozen leaves.
-    """
-
-    frozen: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()  # paths of the frozen leaves
 
     def trained(self, tree: Params) -> Params:
         """The tree with None at each frozen leaf; the tree itself if none is frozen."""

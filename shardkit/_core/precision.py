@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .errors import Problem, StepError, did_you_mean, raise_all
 from .types import PyTree
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -94,18 +94,13 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeDtypes:
-    """The dtypes that the parameters of a step are computed in.
+    """The dtypes that the parameters of a step are computed in."""
 
-    Attributes:
-      main: that of most elements of the parameters, which decides the rate of the products; a
-        complex one counts as that of its parts.
-      lowest: so that with the largest roundings, which decides how exact a result can be.
-      only: the dtype of all parameters, complex as such; None if they have several.
-    """
-
+    # that of most elements of the parameters, which decides the rate of the products; a complex one
+    # counts as that of its parts
     main: str
-    lowest: str
-    only: str | None
+    lowest: str  # so that with the largest roundings, which decides how exact a result can be
+    only: str | None  # the dtype of all parameters, complex as such; None if they have several
 
 
 AS_INITIALIZED = Precision()
@@ -129,8 +124,7 @@ def parse_precision(name: "str | Precision") -> Precision:
     if name in _NAMED:
         return _NAMED[name]
     why = f"unknown policy; known: {', '.join(_NAMED)}." + did_you_mean(name, _NAMED)
-    problem = Problem(f"precision={name!r}", why)
-    raise StepError(format_problems("Unknown precision.", [problem], 'precision="bfloat16"'))
+    raise StepError.of("Unknown precision.", f"precision={name!r}", why, 'precision="bfloat16"')
 
 
 def policy_dtype(own: Any, dtype: str | None) -> np.dtype:

@@ -11,12 +11,11 @@ Changes = Mapping[str, Callable[[core.JaxprEqn], core.JaxprEqn]]
 
 
 def rewrite(function: Callable[..., Any], changes: Changes) -> Callable[..., Any]:
-    """Makes a function that traces another one and computes its trace with changes.
+    """Makes a function that traces another one and computes its trace with changes of equations.
 
-    Args:
-      function: of arrays. Derivative rules of its own keep the equations that they have: rewrite
-        the gradient, not the loss, where they are to change as well.
-      changes: of equations. What is inside of an equation that they name is left alone.
+    What is inside of an equation that the changes name is left alone. Derivative rules of its own
+    keep the equations that they have: rewrite the gradient, not the loss, where they are to change
+    as well.
 
     >>> zero = jax.make_jaxpr(jax.numpy.cos)(0.0).eqns[0]
     >>> cosine = {"sin": lambda eqn: eqn.replace(primitive=zero.primitive, params=zero.params)}

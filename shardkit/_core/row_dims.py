@@ -18,13 +18,9 @@ RowDims: TypeAlias = tuple[int | None, ...]
 
 
 def map_rows(run: Callable[..., Any], batch: Batch, dims: RowDims, *others: PyTree) -> Batch:
-    """Applies `run(leaf, dim, *leaves of others)` to the leaves that count rows.
+    """Applies `run(leaf, dim, *leaves of others)` to the leaves that count rows; others stay.
 
-    Args:
-      run: returns the new leaf.
-      batch: the pytree; leaves without rows stay as they are.
-      dims: of its leaves.
-      *others: pytrees of the same structure.
+    `dims` are those of the leaves; the other pytrees have the same structure.
 
     >>> map_rows(lambda x, dim: (x, dim), {"tokens": "t", "weights": "w"}, (1, None))
     {'tokens': ('t', 1), 'weights': 'w'}

@@ -32,9 +32,8 @@ BRANCH_COUNTS = re.compile(rf"\b{_PREFIX}(_apart)?((?:_\d+)+)\b")
 def recomputed(times: int = 1, of: int = 1) -> contextlib.AbstractContextManager[Any]:
     """Marks operations traced in the block as recomputation, as `jax.checkpoint` marks its own.
 
-    Args:
-      times: number of executions, over all devices, that recompute a value.
-      of: number of all executions; the others compute the value for the first time.
+    Of all executions, over all devices, so many `times` recompute a value; the others compute it
+    for the first time.
 
     >>> from shardkit.report import count_flops
     >>> def product(x):
@@ -62,9 +61,8 @@ def annotate_branch_counts(
 ) -> contextlib.AbstractContextManager[Any]:
     """Annotates the conditional traced in the block with how often each of its branches runs.
 
-    Args:
-      counts: executions of branch 0, 1, …, over all devices; only their ratio matters.
-      divergent: whether devices take different branches in the same execution.
+    Only the ratio of the counts matters. `divergent` devices take different branches in one
+    execution.
 
     >>> def mostly_sqrt(x):
     ...     with annotate_branch_counts([1, 3]):
@@ -77,10 +75,9 @@ def annotate_branch_counts(
 
 
 def is_divergent(op_name: str) -> bool:
-    """Whether an operation is in a branch that only some devices take at a time.
+    """Whether an operation, by its path, is in a branch that only some devices take at a time.
 
-    Args:
-      op_name: its path of scopes; the text of a whole program asks for any such operation.
+    The text of a whole program asks for any such operation.
 
     >>> is_divergent("jit(step)/while/body/shardkit_taken_apart_1_3/cond/branch_1_fun/add")
     True
@@ -89,15 +86,10 @@ def is_divergent(op_name: str) -> bool:
 
 
 def branch_shares(op_name: str, branches: int) -> tuple[fractions.Fraction, ...] | None:
-    """Returns the share of a conditional's executions in which each branch runs.
+    """Returns the share of a conditional's executions in which each branch runs, by its path.
 
-    Args:
-      op_name: the conditional's path of scopes, which ends in its own name.
-      branches: number of its branches.
-
-    Returns:
-      One share per branch; None if the conditional itself is not annotated (the annotation of an
-      enclosing one does not count), or is annotated for another number of branches.
+    None if the conditional itself is not annotated (the annotation of an enclosing one does not
+    count), or is annotated for another number of branches.
 
     >>> branch_shares("jit(step)/while/body/shardkit_taken_1_3/cond", 2)
     (Fraction(1, 4), Fraction(3, 4))

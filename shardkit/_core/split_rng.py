@@ -30,15 +30,10 @@ _ONE_ROW = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class GrownDim:
-    """The dim of a draw that grows with the rows, or with the length.
+    """The dim of a draw that grows with the rows, or with the length."""
 
-    Attributes:
-      shape: of one part's draw; a gamma draw of `[2, 3]` asks the generator for 6 keys.
-      dim: of it.
-    """
-
-    shape: Shape
-    dim: int
+    shape: Shape  # of one part's draw; a gamma draw of `[2, 3]` asks the generator for 6 keys
+    dim: int  # of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +68,9 @@ def part_keys(
 ) -> Key:
     """Returns typed PRNG keys for one part of the rows: key[...].
 
-    Args:
-      words: u32[..., 2], the data of threefry keys. The part draws its slice of what these keys
-        draw for all rows.
-      draws: which dims of the draws are split.
-      shard: index of the gradient shard, i32[].
-      micro_batch: index of the micro-batch, i32[].
-      length_shard: index of the block of the length, i32[].
+    The words u32[..., 2] are the data of threefry keys; the part draws its slice of what these draw
+    for all rows. Its place is the index of its gradient shard, of its micro-batch and of its block
+    of the length, i32[] each.
     """
     part = jnp.stack(
         [jnp.asarray(n).astype(jnp.uint32) for n in (shard, micro_batch, length_shard)]
@@ -103,9 +94,7 @@ def is_part_key(dtype: Any) -> bool:
 def key_problems(dtype: Any, line: str = "") -> list[Problem]:
     """Draws of other generators than partitionable threefry cannot be split by rows.
 
-    Args:
-      dtype: of the keys.
-      line: the user's, that draws from them; "" if unknown.
+    `dtype` is that of the keys; `line` the user's, that draws from them, "" if unknown.
     """
     tag = str(dtype).removeprefix("key<").removesuffix(">")
     name = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(tag, tag)
@@ -215,14 +204,9 @@ def global_index(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each element's row-major index in the array of all rows, as (high, low) u32 words.
 
-    Args:
-      draws: how the rows and the length are split.
-      shape: shape of one part's draw.
-      row_dim: dim of the shape that counts rows; None if none does.
-      shard: index of the part's gradient shard.
-      micro_batch: index of its micro-batch.
-      length_dim: dim of the shape that counts positions of the length; None if none does.
-      length_shard: index of its block of the length.
+    `shape` is that of the part's draw, of which `row_dim` counts rows and `length_dim` positions,
+    each None if no dim does. The part is one gradient shard of one micro-batch, and one block of
+    the length.
     """
     # A part [2, 3] of [8, 3]: row_dim 0, 2 gradient shards, 2 micro-batches. Shard 1 of
     # micro-batch 0 holds rows 4 and 6 of the 8. The loop is Horner's rule, dim by dim:

@@ -28,10 +28,8 @@ def check_platform() -> None:
 def quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns variables that keep libtpu quiet in a process with this environment.
 
-    They must be set before JAX lists its devices, which loads libtpu.
-
-    Returns:
-      {} if a TPU may be present, or the environment has one of the variables.
+    {} if a TPU may be present, or the environment has one of the variables. They must be set before
+    JAX lists its devices, which loads libtpu.
     """
     if any(name in environment for name in _LIBTPU_ANSWERS) or glob.glob("/dev/accel*"):
         return {}
@@ -48,9 +46,10 @@ def lazy_names(
 
     Args:
       package: `__name__` of the package.
-      homes: for each public name the module that defines it, relative to the package: `"._types"`;
-        `"._types:Mean"` if it has another name there; None for a submodule.
+      homes: for public names, between spaces, the module that defines them, relative to the
+        package: `"._types"`; `"._types:Mean"` if one has another name there; None for submodules.
     """
+    homes = {name: home for names, home in homes.items() for name in names.split()}
     # `plan` from `.plan`: importing the module must not replace the function by the module.
     shadowed = {name for name, home in homes.items() if home == f".{name}"}
 

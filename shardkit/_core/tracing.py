@@ -65,11 +65,9 @@ class TraceContext(Generic[_T]):
 
     @contextlib.contextmanager
     def use(self, value: _T | None) -> Iterator[None]:
-        """Sets the value within the block.
+        """Sets the value, compared by `==` and hashed, within the block.
 
-        Args:
-          value: compared by `==` and hashed. JAX's caches hold it as long as the trace, so it
-            must not hold arrays.
+        JAX's caches hold it as long as the trace, so it must not hold arrays.
         """
         outer = _user_context.value
         values = {**dict(outer.items if outer else ()), self._name: value}
@@ -82,15 +80,7 @@ record_p = core.Primitive("shardkit_record")
 
 
 def record_fact(result: Any, *fact: Hashable) -> Any:
-    """Records a fact in the program that computes a result.
-
-    Args:
-      result: a pytree; an identity operation on each of its arrays carries the fact.
-      *fact: the kind of fact, then its values.
-
-    Returns:
-      The result, with the same values.
-    """
+    """Records a fact, its kind first, by an identity operation on each array of a pytree."""
     return jax.tree.map(
         lambda x: record_p.bind(x, fact=fact) if isinstance(x, jax.Array) else x, result
     )

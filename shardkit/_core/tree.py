@@ -92,15 +92,9 @@ def ends_path(path: str, end: str) -> bool:
 def leaves_by_path(
     tree: Any, name: str = "", is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[str, Any]:
-    """Returns `{path: leaf}` of a pytree, in JAX's order.
+    """Returns `{path: leaf}` of a pytree, in JAX's order; paths begin with the name of the tree.
 
-    Args:
-      tree: the pytree.
-      name: of the tree, the first segment of every path.
-      is_leaf: as for `jax.tree.leaves`.
-
-    Raises:
-      TreeError: two leaves have the same path, or a dict has keys of several types.
+    Raises TreeError if two leaves have the same path, or a dict has keys of several types.
 
     >>> leaves_by_path({"a": [1, {"b": 2}]}, "params"), leaves_by_path(3, "params")
     ({'params/a/0': 1, 'params/a/1/b': 2}, {'params': 3})
@@ -127,12 +121,7 @@ def leaves_by_path(
 def flatten_tree(tree: Any, name: str) -> tuple[list[Any], Any]:
     """Returns the leaves of a pytree and its structure, as `jax.tree.flatten`.
 
-    Args:
-      tree: the pytree.
-      name: of the tree, for the error.
-
-    Raises:
-      TreeError: the keys of a dict have no order, as in `{1: x, "1": y}`; names each such dict.
+    Raises TreeError with each dict whose keys have no order, as in `{1: x, "1": y}`.
     """
     try:
         return jax.tree.flatten(tree)
@@ -193,12 +182,8 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 def list_leaves(tree: Any, axes: Any = None) -> list[Leaf]:
     """Lists the leaves of a pytree of arrays or `jax.ShapeDtypeStruct`, in JAX's order.
 
-    Args:
-      tree: the pytree.
-      axes: `{path: logical axes}` of the leaves whose dims are named.
-
-    Raises:
-      TreeError: two leaves have the same path.
+    Dims have the names of `{path: logical axes}`. Raises TreeError if two leaves have the same
+    path.
     """
     names = axes or {}
     return [

@@ -93,20 +93,14 @@ class Variables:
 
 @dataclasses.dataclass(frozen=True)
 class Follows:
-    """A parameter that is laid out like another one, whatever the rules say.
+    """A parameter that is laid out like another one, whatever the rules say."""
 
-    Attributes:
-      path: of the parameter.
-      of: path of the other one, which the rules decide.
-      dims: for each dim of the parameter, the dim of the other one that it is split like; None for
-        a dim that stays whole.
-      fix: what to do where the mesh does not divide its dims; "" for the usual advice.
-    """
-
-    path: str
-    of: str
+    path: str  # of the parameter
+    of: str  # path of the other one, which the rules decide
+    # for each dim of the parameter, the dim of the other one that it is split like; None for a dim
+    # that stays whole
     dims: tuple[int | None, ...]
-    fix: str = ""
+    fix: str = ""  # what to do where the mesh does not divide its dims; "" for the usual advice
 
 
 @dataclasses.dataclass(frozen=True)

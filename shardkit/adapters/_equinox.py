@@ -91,17 +91,12 @@ def from_equinox(
 
 @dataclasses.dataclass(frozen=True)
 class _ModuleLeaf:
-    """One leaf of a module or of its state.
+    """One leaf of a module or of its state."""
 
-    Attributes:
-      names: of its attributes, keys and indices; those of state begin with a name of its own.
-      value: a setting, or an array without values.
-      is_param: whether it is a floating-point array of the module.
-    """
-
+    # of its attributes, keys and indices; those of state begin with a name of its own
     names: tuple[str, ...]
-    value: Any
-    is_param: bool
+    value: Any  # a setting, or an array without values
+    is_param: bool  # whether it is a floating-point array of the module
 
     @property
     def path(self) -> str:
@@ -111,25 +106,15 @@ class _ModuleLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class _ModuleTemplate:
-    """The structure of a module and its state, and its leaves, arrays without values.
+    """The structure of a module and its state, and its leaves, arrays without values."""
 
-    Attributes:
-      structure: of `(module, state)`.
-      leaves: in its order.
-      has_state: whether there is a state.
-    """
-
-    structure: Any
-    leaves: tuple[_ModuleLeaf, ...]
-    has_state: bool
+    structure: Any  # of `(module, state)`
+    leaves: tuple[_ModuleLeaf, ...]  # in its order
+    has_state: bool  # whether there is a state
 
     @classmethod
     def of(cls, made: Any) -> "_ModuleTemplate":
-        """Reads a module, or `(module, state)`, whose arrays are abstract.
-
-        Raises:
-          TreeError: two leaves of the module have the same path.
-        """
+        """Reads an abstract module, or `(module, state)`; raises TreeError for equal paths."""
         taken, name = {path.split("/")[0] for path in leaves_by_path(_as_pair(made)[0])}, "state"
         while name in taken:  # by an attribute of the module
             name += "_"
@@ -155,9 +140,7 @@ class _ModuleTemplate:
     def split(self, made: Any, axes: Mapping[str, Names] | None = None) -> tuple[Params, PyTree]:
         """Returns the parameters and the other arrays of a module, or of `(module, state)`.
 
-        Args:
-          made: what has the arrays.
-          axes: logical axis names of parameters, by path.
+        Parameters have the logical axis names of `{path: names}`.
         """
         pairs = zip(self.leaves, jax.tree.leaves(_as_pair(made)), strict=True)
         arrays = [(leaf, jnp.asarray(x)) for leaf, x in pairs if _is_array(leaf)]

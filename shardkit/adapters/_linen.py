@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.errors import ScopeParamShapeError
 
-from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.errors import Problem, StepError, raise_all
 from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Loss, Params, Variables
@@ -132,11 +132,7 @@ class _Form:
         return meta.unbox(on_any_mesh(jax.eval_shape)(lambda key: self.init(key, rngs, args), key))
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the module.
-
-        Raises:
-          StepError: a device has a shard of a parameter whose size the module fixes.
-        """
+        """Calls the module; raises StepError for a shard of a parameter whose size it fixes."""
         try:
             with nn.intercept_methods(_drop_names):
                 return self.module.apply(variables, *args, **kwargs, **self.options)
@@ -147,8 +143,7 @@ class _Form:
             why += " parameters, so it cannot compute with one device's shard of them"
             fix = 'mode="auto"; or flax nnx, whose layers read the sizes of their arrays'
             headline = 'mode="shard_map" cannot split this module over an axis of its products.'
-            problem = Problem(type(self.module).__name__, why, fix)
-            raise StepError(format_problems(headline, [problem])) from error
+            raise StepError.of(headline, type(self.module).__name__, why, fix) from error
 
 
 def _drop_names(

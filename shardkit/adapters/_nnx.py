@@ -129,11 +129,7 @@ def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Fl
 
 
 def _check_names(params: Flat) -> None:
-    """Checks that variables name logical axes.
-
-    Raises:
-      ShardingError: with every variable that has a sharding on a mesh in place of names.
-    """
+    """Raises ShardingError with every variable that has mesh axes in place of logical names."""
     problems = []
     for path, variable in params:
         sharding = variable.get_metadata().get("out_sharding")

@@ -27,8 +27,7 @@ _TRACING = threading.RLock()
 def named_scopes(module: nnx.Module) -> Iterator[None]:
     """Names the scopes of a module's parts inside the block, and leaves their classes as before.
 
-    Args:
-      module: an instance of one trace, which is marked.
+    The module is an instance of one trace, which is marked.
     """
     with _TRACING, contextlib.ExitStack() as restored:
         classes = {}

@@ -33,10 +33,7 @@ def suggest_restore(
 ) -> str:
     """Returns calls of `restore` that keep every leaf that matches.
 
-    Args:
-      bad: paths of leaves that do not match, in the checkpoint, the state or both.
-      saved: leaves of the checkpoint.
-      wanted: abstract leaves of the state.
+    The `bad` paths are of those that do not match, in the checkpoint, the state or both.
     """
     calls = []
     rename, moved = _find_renames(bad, saved, wanted)
@@ -150,8 +147,9 @@ def _find_renames(
             break
         tried.add(path)
         same_type = [old for old in saved if old in unused and saved[old].type == types[path]]
-        old = max(same_type, key=functools.partial(_resemblance, path), default="")
-        if old and _is_near(old, path):
+        likeness = {old: (_shared_ends(old, path), _likeness(old, path)) for old in same_type}
+        old = max(likeness, key=likeness.__getitem__, default="")
+        if old and (any(likeness[old][0]) or likeness[old][1] >= 0.5):
             found = {rule: rename_all(rule) for rule in _renames(old, path)}
             best = min(found, key=lambda rule: (-len(found[rule]), _complexity(rule)))
             rename |= dict([best]) if found[best] else {}
@@ -159,14 +157,6 @@ def _find_renames(
             unused -= found[best].keys()
             free -= set(found[best].values())
     return rename, moved
-
-
-def _resemblance(new: str, old: str) -> tuple[tuple[int, int], float]:
-    return _shared_ends(old, new), _likeness(old, new)
-
-
-def _is_near(old: str, new: str) -> bool:
-    return any(_shared_ends(old, new)) or _likeness(old, new) >= 0.5
 
 
 def _likeness(old: str, new: str) -> float:

@@ -104,11 +104,7 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the pending save.
-
-        Raises:
-          CheckpointError: the save failed, and no other error ends the block.
-        """
+        """Waits for the pending save; raises its error unless another one ends the block."""
         block, self._block = self._block, None
         self._copies = []
         assert block is not None
@@ -177,8 +173,8 @@ class Checkpointer:
         ranked = (metrics, Mapping[str, float] | None)
         check_arguments(CheckpointError, headline, step=(step, int), metrics=ranked)
         if step < 0:
-            problem = Problem(f"step={step}", "is not a number of updates", "step=0")
-            raise CheckpointError(format_problems(headline, [problem]))
+            why = "is not a number of updates"
+            raise CheckpointError.of(headline, f"step={step}", why, "step=0")
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         plain = copy_plain(CheckpointError, headline, data=data, metrics=numbers)
         check_not_donated(state, "state", "A donated state cannot be saved.")
@@ -298,8 +294,7 @@ class Checkpointer:
             why = "is empty" if self.folder.is_dir() else "is not a folder"
             fix = "the folder of the Checkpointer that saved"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        problem = Problem(str(self.folder), why, fix)
-        raise CheckpointError(format_problems(f"There is {what}.", [problem]))
+        raise CheckpointError.of(f"There is {what}.", str(self.folder), why, fix)
 
     def _suggest_fix(self, damaged: int) -> str:
         """Returns the steps that can be restored instead of a damaged one."""

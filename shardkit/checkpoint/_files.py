@@ -106,8 +106,7 @@ def _describe_remains(path: Path, error: OSError) -> str:
 def lock_folder(root: Path) -> Iterator[None]:
     """Locks a folder for one writer; the lock ends with the process, however that ends.
 
-    Raises:
-      CheckpointError: another process writes to it, or it cannot be written.
+    Raises CheckpointError if another process writes to the folder, or nobody can.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -134,17 +133,10 @@ def read_file(
     *,
     checked: bool,
 ) -> memoryview:
-    """Returns the bytes of a file, as many as were written.
+    """Returns the bytes of a file below a step's folder, in the memory `into` if that is given.
 
-    Args:
-      folder: of the step.
-      name: of the file below it.
-      files: as they were written.
-      into: memory for the bytes; by default new memory.
-      checked: whether to compare their CRC-32.
-
-    Raises:
-      UnreadableFile: they are not those that were written, or cannot be read.
+    Raises UnreadableFile if they are not those that were written, by number and, if `checked`,
+    CRC-32, or cannot be read.
     """
     if name not in files:
         raise UnreadableFile("was not written by this save")

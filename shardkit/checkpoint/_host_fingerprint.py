@@ -36,11 +36,7 @@ def are_on_host(leaves: Mapping[str, jax.Array]) -> bool:
 
 
 def read_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Returns the fingerprint of every leaf, u32[2]: `compute_fingerprints`, read.
-
-    Args:
-      leaves: `{path: array}` of any dtype and sharding but typed keys.
-    """
+    """Returns `compute_fingerprints` of `{path: array}`, u32[2] each, read; all but typed keys."""
     if has_several_processes() or not are_on_host(leaves):
         groups = ({path: leaves[path] for path in group} for group in _group_by_size(leaves))
         return {p: x for g in groups for p, x in jax.device_get(compute_fingerprints(g)).items()}

@@ -87,9 +87,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step's folder.
 
-    Raises:
-      CheckpointCorruptedError: it is missing, truncated or changed.
-      CheckpointError: its format is newer, or older.
+    Raises CheckpointCorruptedError if it is missing, truncated or changed, CheckpointError if its
+    format is newer or older.
     """
     path = folder / MANIFEST
     try:
@@ -184,6 +183,4 @@ def _describe_cause(error: OSError | ValueError | RecursionError) -> str:
 
 
 def _make_error(path: Path, why: str) -> CheckpointCorruptedError:
-    return CheckpointCorruptedError(
-        format_problems("The checkpoint is damaged.", [Problem(str(path), why)])
-    )
+    return CheckpointCorruptedError.of("The checkpoint is damaged.", str(path), why)

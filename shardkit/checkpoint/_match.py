@@ -19,19 +19,12 @@ _EXAMPLE = 'restore(..., partial={"params/**": "saved", "**": "fresh"}, fresh=st
 
 @dataclasses.dataclass(frozen=True)
 class RestorePlan:
-    """Where each leaf of the state to restore comes from.
+    """Where each leaf of the state to restore comes from."""
 
-    Attributes:
-      saved: `{path: its path in the checkpoint}` of what is read from there.
-      fresh: paths taken from the state that the caller initialized.
-      cast: paths whose dtype changes, as the caller allowed.
-      assumed: paths with a known value that older checkpoints do not have.
-    """
-
-    saved: Mapping[str, str]
-    fresh: tuple[str, ...]
-    cast: tuple[str, ...]
-    assumed: tuple[str, ...] = ()
+    saved: Mapping[str, str]  # `{path: its path in the checkpoint}` of what is read from there
+    fresh: tuple[str, ...]  # paths taken from the state that the caller initialized
+    cast: tuple[str, ...]  # paths whose dtype changes, as the caller allowed
+    assumed: tuple[str, ...] = ()  # paths with a known value that older checkpoints do not have
 
 
 def dtype_name(dtype: Any) -> str:
@@ -50,18 +43,11 @@ def plan_restore(
 ) -> RestorePlan:
     """Decides for every leaf of checkpoint and state, or lists everything that does not fit.
 
-    Args:
-      saved: leaves of the checkpoint.
-      wanted: abstract leaves of the state.
-      partial: `{glob: "saved", "fresh" or "drop"}`, first match wins; None for all saved.
-      cast: globs of leaves that may change their dtype.
-      where: names the checkpoint in errors.
-      assumed: paths that may be missing in the checkpoint.
-      rename: `{glob: new path}` of leaves that the checkpoint has under other names.
-
-    Raises:
-      CheckpointError: names every leaf that is missing, extra, reshaped or of another dtype, and
-        every glob that matches nothing.
+    In `partial`, `{glob: "saved", "fresh" or "drop"}`, the first match wins; None for all saved.
+    Globs in `cast` may change their dtype; paths in `assumed` may be missing in the checkpoint,
+    which errors name as `where`; `rename` is `{glob: new path}` of leaves that it has under other
+    names. Raises CheckpointError with every leaf that is missing, extra, reshaped or of another
+    dtype, and every glob that matches nothing.
     """
     problems = rename_problems(rename or {}, saved)
     raise_all(CheckpointError, f"Leaves of {where} cannot be renamed.", problems)

@@ -43,19 +43,10 @@ class PendingSave:
         retention: RetentionPolicy,
         copies: list[np.ndarray | None],
     ) -> None:
-        """Copies the arrays and starts the thread.
+        """Copies the arrays and starts the thread; raises CheckpointError if it cannot write.
 
-        Args:
-          root: folder of the steps.
-          step: number of this one.
-          leaves: `{path: array}`.
-          fields: the manifest's `data`, `config` and `metrics`.
-          axes: `{path: logical axes}`.
-          retention: applied once the step is complete.
-          copies: see `start_writing`.
-
-        Raises:
-          CheckpointError: the folder cannot be written.
+        `fields` are the manifest's `data`, `config` and `metrics`; `axes` the logical ones by path.
+        Old steps are deleted once this one is complete. For `copies` see `start_writing`.
         """
         self._root, self._step, self._retention = root, step, retention
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
@@ -80,15 +71,10 @@ class PendingSave:
         self._thread.start()
 
     def join(self, together: bool = True) -> None:
-        """Waits until the step is complete.
+        """Waits until the step is complete; `together`, every process raises the error of any.
 
-        Args:
-          together: every process calls this, so that all raise the error of any.
-
-        Raises:
-          CheckpointError: it failed; earlier steps are untouched.
-
-        An old step that cannot be deleted is a warning only: the new one is complete.
+        An old step that cannot be deleted is a warning only: the new one is complete. After a
+        CheckpointError earlier steps are untouched.
         """
         self._thread.join()
         remains, self._remains = self._remains, []

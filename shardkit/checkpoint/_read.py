@@ -46,17 +46,12 @@ def read_leaves(
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     done: Callable[[str, jax.Array], None],
 ) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """Reads leaves; each device gets its shards only.
+    """Reads leaves of a step's folder; each device gets its shards only.
 
-    Args:
-      folder: of the step.
-      files: its files, as they were written.
-      wanted: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
-      done: gets each leaf when it is complete, in a thread that reads.
-
-    Returns:
-      `{folder of the leaf: array}`, and `{file: what is wrong with it}`; a leaf with a damaged
-      file is not among the arrays.
+    `wanted` is `{folder of the leaf below that of the step: shape, dtype and sharding}`; `done`
+    gets each leaf when it is complete, in a thread that reads. Returns `{folder of the leaf:
+    array}`, and `{file: what is wrong with it}`; a leaf with a damaged file is not among the
+    arrays.
     """
     scratch = threading.local()
     with ThreadPoolExecutor(_THREADS) as leaves, ThreadPoolExecutor(_THREADS) as chunks:

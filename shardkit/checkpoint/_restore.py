@@ -52,9 +52,8 @@ class RestoreRequest:
     def restore(self, folder: Path, damaged: Mapping[int, str]) -> Restored:
         """Reads one step.
 
-        Raises:
-          CheckpointError: leaves do not fit; nothing was put on a device.
-          CheckpointCorruptedError: files or leaves are not what was saved.
+        Raises CheckpointError, before anything is on a device, if leaves do not fit, and
+        CheckpointCorruptedError if files or leaves are not what was saved.
         """
         wanted = leaves_by_path(self.abstract)
         cannot_read = os_errors_as(
@@ -84,11 +83,7 @@ class RestoreRequest:
         return Restored(state, manifest.step, manifest.data, manifest, dict(damaged))
 
     def shardings_of(self, wanted: Mapping[str, Any]) -> dict[str, Sharding]:
-        """Returns the sharding of each leaf.
-
-        Raises:
-          CheckpointError: a leaf has none.
-        """
+        """Returns the sharding of each leaf; raises CheckpointError if one has none."""
         if isinstance(self.shardings, Sharding):
             return dict.fromkeys(wanted, self.shardings)
         declared = leaves_by_path(self.shardings) if self.shardings is not None else {}

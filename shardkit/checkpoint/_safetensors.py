@@ -146,5 +146,5 @@ def _import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        problem = Problem(name, "is not installed", "pip install 'shardkit[safetensors]'")
-        raise CheckpointError(format_problems("A package is missing.", [problem])) from error
+        fix = "pip install 'shardkit[safetensors]'"
+        raise CheckpointError.of("A package is missing.", name, "is not installed", fix) from error

@@ -72,14 +72,8 @@ class SavedStep:
     ) -> dict[str, jax.Array]:
         """Reads the planned leaves, each device its shards, and checks every bit.
 
-        Args:
-          plan: the leaves to read, and those of them to cast.
-          wanted: `{path: abstract array}`.
-          shardings: `{path: sharding}` of the same leaves.
-
-        Raises:
-          CheckpointCorruptedError: a file of a leaf is not what was written, or a leaf's
-            fingerprint is not the saved one.
+        Abstract arrays and shardings are by path. Raises CheckpointCorruptedError if a file of a
+        leaf is not what was written, or a leaf's fingerprint is not the saved one.
         """
         saved = self.manifest.leaves
         asked = {old: (saved[old], shardings[path]) for path, old in plan.saved.items()}

@@ -47,15 +47,11 @@ _Done = tuple[str, SavedFile, str, np.ndarray | None]
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a process has written, or all of them.
+    """What a process has written, or all of them."""
 
-    Attributes:
-      files: `{path below the step's folder: size and CRC-32}`.
-      sums: `{folder of the leaf: fingerprint of these chunks, u32[2]}`; empty where the devices
-        compute the fingerprints.
-    """
-
-    files: Mapping[str, SavedFile]
+    files: Mapping[str, SavedFile]  # `{path below the step's folder: size and CRC-32}`
+    # `{folder of the leaf: fingerprint of these chunks, u32[2]}`; empty where the devices compute
+    # the fingerprints
     sums: Mapping[str, np.ndarray]
 
 
@@ -64,15 +60,11 @@ def start_writing(
 ) -> Callable[[], Written]:
     """Copies arrays to the host and starts writing them; the arrays may be donated afterwards.
 
-    Args:
-      folder: of the step.
-      leaves: `{folder of the leaf below that of the step: array}`, none of them empty.
-      summed: whether to add up the fingerprints.
-      copies: those of the last save, which is over. Their memory is used again, and they become
-        those of this one: copying into new pages takes two and a half times the processor time.
-
-    Returns:
-      A function that waits until everything is written, and raises any error of writing.
+    None of `{folder of the leaf below that of the step: array}` is empty; `summed` adds up their
+    fingerprints. `copies` are those of the last save, which is over. Their memory is used again,
+    and they become those of this one: copying into new pages takes two and a half times the
+    processor time. Returns a function that waits until everything is written, and raises any error
+    of writing.
     """
     shapes = {leaf: x.shape for leaf, x in leaves.items()}
     chunks = _choose_chunks(leaves)
@@ -173,10 +165,8 @@ def _add_sums(parts: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:
 def collect(folder: Path, written: Written | Exception) -> Written | None:
     """Returns what all processes have written, to the first one; None to the others.
 
-    Every process must call it, with the error if it has failed.
-
-    Raises:
-      CheckpointError: a process has failed, or its folder is not that of the first.
+    Every process must call it, with the error if it has failed. Raises CheckpointError then, or if
+    its folder is not that of the first.
     """
     if not has_several_processes():
         return written if isinstance(written, Written) else None
@@ -224,15 +214,7 @@ def _read_text(path: Path) -> dict[str, Any]:
 def find_missing(
     expected: Mapping[str, jax.ShapeDtypeStruct], present: Collection[str]
 ) -> dict[str, str]:
-    """Compares the files of a step with those that had to be written.
-
-    Args:
-      expected: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
-      present: files that were written, and are there.
-
-    Returns:
-      `{file: why it is missing}`.
-    """
+    """Returns `{file: why}` of files that a step's leaves must have, and that are not `present`."""
     missing = {}
     chunks = _choose_chunks(expected)
     for leaf, x in expected.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError
 from .._core.io._console import make_console, print_table
 from .._core.io._files import local_path
 from .._core.io._table import Table
@@ -14,11 +14,7 @@ from ..checkpoint import Checkpointer, Manifest, SavedStep
 
 
 def list_step_folders(folder: Path) -> list[Path]:
-    """Returns the folders of complete steps in a run or its checkpoints, or of the given step.
-
-    Raises:
-      CheckpointError: there are none.
-    """
+    """The folders of complete steps in a run, or the given step; raises CheckpointError if none."""
     if (folder / "manifest.json").exists():
         return [folder]
     for root in (folder, folder / "checkpoints"):
@@ -27,8 +23,7 @@ def list_step_folders(folder: Path) -> list[Path]:
     names = sorted(path.name for path in folder.glob("*"))[:4]
     why = f"holds {', '.join(names)}" if names else "is empty, or not a folder"
     fix = "the folder of a run, its checkpoints/ or one checkpoints/step-…"
-    problem = Problem(str(folder), why, fix)
-    raise CheckpointError(format_problems("There is no checkpoint.", [problem]))
+    raise CheckpointError.of("There is no checkpoint.", str(folder), why, fix)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,12 +70,10 @@ def _make_step_table(folders: list[Path]) -> Table:
             continue
         size = format_bytes(sum(file.bytes for file in manifest.files.values()))
         scores = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        rows.append((str(manifest.step), manifest.time, _format_mesh(manifest), size, scores))
+        mesh = " × ".join(f"{axis}={size}" for axis, size in manifest.mesh.items())
+        cells = manifest.time, mesh or "one device", size, scores
+        rows.append((str(manifest.step), *cells))
     return Table(("step", "saved", "mesh", "size", "metrics"), rows, styles=styles)
-
-
-def _format_mesh(manifest: Manifest) -> str:
-    return " × ".join(f"{axis}={size}" for axis, size in manifest.mesh.items()) or "one device"
 
 
 def _print_versions(manifest: Manifest, console: Console) -> None:

@@ -50,23 +50,15 @@ _DEBUG = option("--debug", action="store_true", help="show the traceback of an e
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand."""
 
-    Attributes:
-      name: the word after `shardkit`.
-      help: one line.
-      run: runs the command; returns the exit code.
-      options: its own, besides `CONFIG`, `--set` and `--debug`.
-      takes_config: whether it has `CONFIG` and `--set`.
-      examples: command lines for its help.
-    """
-
-    name: str
-    help: str
-    run: Run
+    name: str  # the word after `shardkit`
+    help: str  # one line
+    run: Run  # runs the command; returns the exit code
+    # its own, besides `CONFIG`, `--set` and `--debug`
     options: tuple[Callable[[argparse.ArgumentParser], Any], ...] = ()
-    takes_config: bool = True
-    examples: tuple[str, ...] = ()
+    takes_config: bool = True  # whether it has `CONFIG` and `--set`
+    examples: tuple[str, ...] = ()  # command lines for its help
 
     def add_to(self, commands: Any) -> None:
         """Adds the command to the subparsers of a parser."""

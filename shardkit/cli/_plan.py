@@ -6,7 +6,6 @@ from pathlib import Path
 from .._core.errors import ConfigError, Problem, raise_all
 from .._core.io._console import make_console, show_task
 from .._core.io._outputs import check_figure_path, check_outputs, write_output
-from ..config import load_config
 from ..hardware import CHIPS
 from ..planner import compile_best, plan
 from ..targets import StepSource
@@ -18,8 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_figure_path(Path(arguments.plot), code="--plot {}")
     check_outputs({"--json": arguments.json}, "plan")
     source = StepSource(arguments.config or "", tuple(arguments.overrides))
-    config = None if source.is_function else load_config(source.name or None, [*source.overrides])
-    chips = config.hardware if config else ()
+    chips = source.config.hardware if source.config else ()
     _check_compile(arguments, source, [chip.name for chip in chips if chip.name not in CHIPS])
     rows = arguments.global_batch
     errors = make_console(stderr=True)
@@ -44,11 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_compile(arguments: argparse.Namespace, source: StepSource, own: list[str]) -> None:
-    """Refuses to compile layouts of a function, or for chips that only the config knows.
-
-    Raises:
-      ConfigError: layouts are to be compiled, and cannot be.
-    """
+    """Raises ConfigError for layouts of a function, or for chips that only the config knows."""
     named = [name for name in own if f":{name}:" in arguments.target]
     why = "must be at least 0" if arguments.compile < 0 else ""
     if arguments.compile > 0 and source.is_function:

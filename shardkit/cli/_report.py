@@ -9,8 +9,7 @@ from .._core.errors import ConfigError, Problem, ReportError, format_problems, r
 from .._core.io._console import make_console
 from .._core.io._files import local_path
 from .._core.io._outputs import check_outputs, write_output
-from ..config import load_config
-from ..hardware import Chip, find_chip
+from ..hardware import find_chip
 from ..mesh import Target
 from ..report import Report, compare, find_profile
 from ..targets import StepSource, compile_for
@@ -77,14 +76,8 @@ def _make_report(arguments: argparse.Namespace) -> Report:
         _refuse_compile_options(name, arguments)
         return _read_report(name)
     source = find_source(arguments, "--target cpu:8")
-    return dataclasses.replace(_compile_report(source, arguments), name=_name_of(source))
-
-
-def _name_of(source: StepSource) -> str:
-    """Name of a config, or of the function that declares the step."""
-    if source.is_function:
-        return source.name
-    return load_config(source.name or None, [*source.overrides]).name
+    name = source.config.name if source.config else source.name
+    return dataclasses.replace(_compile_report(source, arguments), name=name)
 
 
 def _compile_report(source: StepSource, arguments: argparse.Namespace) -> Report:
@@ -93,9 +86,9 @@ def _compile_report(source: StepSource, arguments: argparse.Namespace) -> Report
     if arguments.trace and Target.parse(target).kind == "cpu" and not arguments.chip:
         why = f"draws the modelled time, and {target} has none: simulated devices have no speed"
         fix = f"shardkit report {source.name} --target {target} --chip v5p --trace FILE"
-        problem = Problem(f"--trace {arguments.trace}", why, fix)
-        raise ConfigError(format_problems("No time is modelled.", [problem]))
-    chip = _find_chip(arguments.chip, source)
+        raise ConfigError.of("No time is modelled.", f"--trace {arguments.trace}", why, fix)
+    own_chips = source.config.hardware if source.config else ()
+    chip = None if arguments.chip is None else find_chip(arguments.chip, own_chips)
     errors = make_console(stderr=True)
     task = f"compiling for {target}"
     if not errors.is_terminal:
@@ -136,32 +129,22 @@ def _refuse_compile_options(name: str, arguments: argparse.Namespace) -> None:
     raise_all(ConfigError, f"Options for compiling do not apply to {name}.", problems, fix)
 
 
-def _find_chip(name: str | None, source: StepSource) -> Chip | None:
-    """Finds a chip in the hardware table, or in the config."""
-    if name is None:
-        return None
-    own = (
-        () if source.is_function else load_config(source.name or None, [*source.overrides]).hardware
-    )
-    return find_chip(name, own)
-
-
 def _default_target(source: StepSource) -> str:
-    if source.is_function:
+    if source.config is None:
         why = "is a function, which declares no devices"
-        problem = Problem(source.name, why, f"shardkit report {source.name} --target cpu:8")
-        raise ConfigError(format_problems("The target is missing.", [problem]))
-    return load_config(source.name or None, list(source.overrides)).devices
+        fix = f"shardkit report {source.name} --target cpu:8"
+        raise ConfigError.of("The target is missing.", source.name, why, fix)
+    return source.config.devices
 
 
 def _read_report(name: str) -> Report:
     file = local_path(name, ConfigError, "The report cannot be read.")
     if not file.is_file():
-        problem = Problem(name, "does not exist", "shardkit report CONFIG --json FILE")
-        raise ConfigError(format_problems("The report cannot be read.", [problem]))
+        fix = "shardkit report CONFIG --json FILE"
+        raise ConfigError.of("The report cannot be read.", name, "does not exist", fix)
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError:
-        problem = Problem(name, "is not text", "shardkit report CONFIG --json FILE")
-        raise ReportError(format_problems("The file is not a report.", [problem])) from None
+        fix = "shardkit report CONFIG --json FILE"
+        raise ReportError.of("The file is not a report.", name, "is not text", fix) from None
     return Report.from_json(text)

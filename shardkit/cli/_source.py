@@ -12,12 +12,7 @@ from ..targets import StepSource
 def find_source(arguments: argparse.Namespace, example: str) -> StepSource:
     """Returns what `CONFIG` names: a config file with its overrides, or a function.
 
-    Args:
-      arguments: of a command that takes `CONFIG` and `--set`.
-      example: options of the command that work with a function, for the fix.
-
-    Raises:
-      ConfigError: `--set` is used with a function.
+    With a function `--set` raises a ConfigError, whose fix shows `example` options.
     """
     source = StepSource(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and source.overrides:
@@ -41,11 +36,10 @@ def load_run_config(arguments: argparse.Namespace) -> Config:
 
 
 def _local_devices(devices: int, target: str) -> int:
-    """Returns how many devices this process simulates.
+    """How many devices this process simulates.
 
-    Raises:
-      MeshError: the devices do not divide among the processes, or differ from the launcher's
-        `--devices`.
+    Raises MeshError if they do not divide among the processes, or differ from the launcher's
+    `--devices`.
     """
     count, launched = process_count() or 1, membership()
     declared = launched.devices if launched else None
@@ -54,5 +48,4 @@ def _local_devices(devices: int, target: str) -> int:
     why = f"has {devices} devices for {count} processes"
     why += f" of {declared} each" if declared is not None else ""
     fix = f"--set devices=cpu:{(declared or max(1, devices // count)) * count}"
-    problem = Problem(f"devices={target}", why, fix)
-    raise MeshError(format_problems("The devices do not divide.", [problem]))
+    raise MeshError.of("The devices do not divide.", f"devices={target}", why, fix)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import Problem, SweepError, format_problems, raise_all
+from .._core.errors import Problem, SweepError, raise_all
 from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
@@ -51,24 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Swept:
-    """What to sweep.
+    """What to sweep."""
 
-    Attributes:
-      factory: makes the steps.
-      name: of the folder.
-      target: to compile for; None for the devices of this process.
-      batches: host batches; None for random ones.
-    """
-
-    factory: Factory | ConfigFactory
-    name: str
-    target: str | None
-    batches: Sequence[Any] | None
+    factory: Factory | ConfigFactory  # makes the steps
+    name: str  # of the folder
+    target: str | None  # to compile for; None for the devices of this process
+    batches: Sequence[Any] | None  # host batches; None for random ones
 
 
 def _from_config(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
     config = load_config(source.name or None, source.overrides)
-    target = target or _absent_target(config.devices)
+    if target is None and Target.parse(config.devices).kind not in ("local", "cpu"):
+        target = config.devices
     if target is None:
         _simulate(config.devices, counts)
     factory = ConfigFactory(source.name, source.overrides)
@@ -88,11 +82,6 @@ def _format_progress(row: SweepRow, done: int, total: int) -> str:
     return (
         f"[{done}/{total}] {row.case.key} {row.status}{f': {row.reason}' if row.reason else time}"
     )
-
-
-def _absent_target(devices: str) -> str | None:
-    """Returns the config's own target if its devices are not in this process, else None."""
-    return devices if Target.parse(devices).kind not in ("local", "cpu") else None
 
 
 def _simulate(devices: str, counts: list[int]) -> None:
@@ -118,6 +107,5 @@ def _parse_numbers(option: str, text: str | None) -> list[int]:
 def _check_plots(arguments: argparse.Namespace) -> None:
     """Refuses plots without a library to draw them, before hours of compiling."""
     if arguments.plots and importlib.util.find_spec("matplotlib") is None:
-        problem = Problem("--plots", "matplotlib is not installed")
         fix = 'pip install "shardkit[plot]"'
-        raise SweepError(format_problems("Nothing can be drawn.", [problem], fix))
+        raise SweepError.of("Nothing can be drawn.", "--plots", "matplotlib is not installed", fix)

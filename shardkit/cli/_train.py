@@ -2,7 +2,7 @@
 
 import argparse
 
-from .._core.errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError
 from .._core.versions import package_versions
 from ..config import PretrainedDecoder, run_record
 from ..lm import train
@@ -19,8 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     if Target.parse(config.devices).kind not in ("local", "cpu"):
         why = "are devices of a compile target; a run needs devices of this machine."
         fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
-        problem = Problem(f"devices={config.devices}", why, fix)
-        raise MeshError(format_problems("The run has no devices.", [problem]))
+        raise MeshError.of("The run has no devices.", f"devices={config.devices}", why, fix)
     pretrained = config.model.open() if isinstance(config.model, PretrainedDecoder) else None
     with distributed(step_timeout=config.train.step_timeout) as process_group:
         record = run_record(config)

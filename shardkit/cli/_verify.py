@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, ShardingError, VerificationError, count, format_problems
+from .._core.errors import ShardingError, VerificationError, count
 from .._core.io._console import make_console, show_task
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
@@ -55,8 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.mesh:
         meshes += default_meshes(tuple(config.mesh.axes), factory, odd_only=True)
     if not meshes:
-        problem = Problem("--mesh", "no mesh fits this model", _suggest_mesh(config))
-        raise VerificationError(format_problems("No mesh can be verified.", [problem]))
+        why = "no mesh fits this model"
+        fix = f"--mesh {','.join(f'{axis}=1' for axis in config.mesh.axes)}, or other sizes"
+        raise VerificationError.of("No mesh can be verified.", "--mesh", why, fix)
     batches = make_ragged_batches(config)
     with show_task(errors, f"comparing {count(len(meshes), 'mesh')} with one device"):
         report = verify(factory, meshes, batches=batches, steps=arguments.steps)
@@ -68,11 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
         matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
     console.print(f"\nMutations on mesh {_describe(mesh)}:\n{matrix}")
     return 0 if report.ok and matrix.ok else 1
-
-
-def _suggest_mesh(config: Config) -> str:
-    """Suggests a mesh over the axes of the config."""
-    return "--mesh " + ",".join(f"{axis}=1" for axis in config.mesh.axes) + ", or other sizes"
 
 
 def _make_provable(config: Config) -> Config:

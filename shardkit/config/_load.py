@@ -68,13 +68,12 @@ def _find_file(path: Path) -> Path:
 def _run_file(path: Path) -> Config:
     module = _import(path)
     if not callable(getattr(module, "config", None)):
-        problem = Problem(str(path), "defines no function config().", _EXAMPLE)
-        raise ConfigError(format_problems("This is not a config file.", [problem]))
+        why = "defines no function config()."
+        raise ConfigError.of("This is not a config file.", str(path), why, _EXAMPLE)
     config = _call_user(path, module.config)
     if not isinstance(config, Config):
         why = f"config() returned {type(config).__name__}, not sk.Config."
-        problem = Problem(str(path), why, _EXAMPLE)
-        raise ConfigError(format_problems("This is not a config file.", [problem]))
+        raise ConfigError.of("This is not a config file.", str(path), why, _EXAMPLE)
     return config
 
 
@@ -85,8 +84,8 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     loader = spec.loader if spec else None
     if spec is None or loader is None:
-        problem = Problem(str(path), "is not a Python file (.py).", _EXAMPLE)
-        raise ConfigError(format_problems("This is not a config file.", [problem]))
+        why = "is not a Python file (.py)."
+        raise ConfigError.of("This is not a config file.", str(path), why, _EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses in the file look up their module when they are defined.
     sys.modules[name] = module
@@ -114,8 +113,7 @@ def _call_user(path: Path, call: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {_describe_error(error)}"
-        problem = Problem(_locate(path, error), why)
-        raise ConfigError(format_problems("The config file fails.", [problem])) from error
+        raise ConfigError.of("The config file fails.", _locate(path, error), why) from error
 
 
 def _locate(path: Path, error: Exception) -> str:

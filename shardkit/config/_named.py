@@ -85,21 +85,17 @@ def _build_strategy(node: ast.expr) -> Strategy:
         raise BadValue(f"no strategy {call.func.id!r}; known: {', '.join(_STRATEGIES)}.{hint}")
     make = _STRATEGIES[call.func.id]
     options = {keyword.arg or "**": _constant_value(keyword.value) for keyword in call.keywords}
-    known = list(inspect.signature(make).parameters)
+    known = inspect.signature(make).parameters
     for name in options:
         if name not in known:
             hint = did_you_mean(name, known)
             raise BadValue(f"{call.func.id} has options {', '.join(known)}, not {name!r}.{hint}")
-    required = [name for name in known if _is_required(make, name) and name not in options]
+    required = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if required:
         example = ", ".join(f"{name}=4" for name in required)
         needs = ", ".join(required)
         raise BadValue(f"{call.func.id} needs {needs}, as in {call.func.id}({example}).")
     return make(**options)
-
-
-def _is_required(make: Callable[..., Any], name: str) -> bool:
-    return inspect.signature(make).parameters[name].default is inspect.Parameter.empty
 
 
 def _constant_value(node: ast.expr) -> Any:

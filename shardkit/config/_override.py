@@ -70,15 +70,11 @@ def _is_group(annotation: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Overrides:
-    """Sets fields from text, and collects the problems.
+    """Sets fields from text, and collects the problems."""
 
-    Attributes:
-      problems: texts that cannot be parsed.
-      refused: errors of the checks of groups and short forms. They are reported only if every
-        text could be parsed, since a missing value alone can make a group fail its check.
-    """
-
-    problems: list[Problem] = dataclasses.field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)  # texts that cannot be parsed
+    # errors of the checks of groups and short forms. They are reported only if every text could be
+    # parsed, since a missing value alone can make a group fail its check.
     refused: list[ShardkitError] = dataclasses.field(default_factory=list)
 
     def split(self, assignments: Sequence[str]) -> list[_Assignment]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from .. import hf
-from .._core.errors import ConfigError, DataError, Problem, format_problems, raise_all
+from .._core.errors import ConfigError, DataError, raise_all
 from .._core.io._files import path_problem
 from .._core.options import check_options
 from .._core.types import Key, Params
@@ -59,8 +59,7 @@ class PretrainedDecoder:
         if self.weights is None or not folder.is_dir():
             fix = "--set model.weights=HF_DIR, a folder that save_pretrained made"
             subject = "model.weights" if self.weights is None else f"model.weights={self.weights}"
-            problem = Problem(subject, why, fix)
-            raise ConfigError(format_problems("There are no weights to start from.", [problem]))
+            raise ConfigError.of("There are no weights to start from.", subject, why, fix)
         return folder
 
     @functools.cached_property
@@ -98,8 +97,8 @@ class PretrainedDecoder:
         path = self.folder / _TOKENIZER
         if not path.is_file():
             fix = "--set data.tokenizer=FILE.json, or --set data.tokenizer=bytes"
-            problem = Problem(str(self.folder), f"has no {_TOKENIZER}", fix)
-            raise DataError(format_problems("The text cannot be encoded.", [problem]))
+            why = f"has no {_TOKENIZER}"
+            raise DataError.of("The text cannot be encoded.", str(self.folder), why, fix)
         return dataclasses.replace(declared, tokenizer=str(path))
 
     def open(self) -> Pretrained:

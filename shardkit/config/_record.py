@@ -38,10 +38,7 @@ def run_record(config: Config) -> dict[str, Any]:
     """Returns the record of a run: what its weights are, in place of where they are read from.
 
     The decoder that a folder describes is in `model`, the checksum of its files in `weights`.
-
-    Raises:
-      ConfigError: there is no such folder, or its family is unknown.
-      CheckpointError: its files cannot be read.
+    Raises ConfigError without such a folder or family, CheckpointError if its files cannot be read.
     """
     record = to_record(config) | {"lora": to_record(config.adapters)}
     if isinstance(config.model, PretrainedDecoder):
@@ -54,14 +51,8 @@ def from_record(record: Mapping[str, Any], where: str) -> Config:
     """Rebuilds model, data, optimizer and loop of a config from its record.
 
     Mesh and strategy are those of `Config()`: records hold the `repr` of their rules, which cannot
-    be read back.
-
-    Args:
-      record: from `to_record`.
-      where: names the record in errors.
-
-    Raises:
-      ConfigError: it is not a record of a config, or has fields that this version does not have.
+    be read back. Raises ConfigError, which names the record as `where`, if it is not one of a
+    config, or has fields that this version does not have.
     """
     groups = [name for name in _PLAIN if isinstance(record.get(name), Mapping)]
     if len(groups) < len(_PLAIN):

@@ -35,14 +35,7 @@ def hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def parse(annotation: Any, text: str) -> Any:
-    """Parses a value of an annotated type.
-
-    Args:
-      annotation: type of the field.
-      text: what follows `=` on the command line.
-
-    Raises:
-      BadValue: the text is not of that type.
+    """Parses what follows `=` on the command line as an annotated type, or raises BadValue.
 
     >>> parse(int, "1_000"), parse(float | None, "none"), parse(tuple[float, float], "0.9,0.95")
     (1000, None, (0.9, 0.95))
@@ -60,11 +53,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _items(arguments: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Returns the types of a tuple's `n` items; `tuple[int, ...]` takes any number."""
-    return (arguments[0],) * n if arguments[-1] is Ellipsis else arguments
-
-
 def _parse_member(annotation: Any, text: str) -> Any:
     """Parses a type that is not a union; raises `ValueError` or `KeyError` for other text."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -73,8 +61,8 @@ def _parse_member(annotation: Any, text: str) -> Any:
         return {str(value): value for value in arguments}[text]
     if origin is tuple:
         parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
-        pairs = zip(_items(arguments, len(parts)), parts, strict=True)
-        return tuple(parse(item, part) for item, part in pairs)
+        items = arguments[:1] * len(parts) if arguments[-1] is Ellipsis else arguments
+        return tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
     if annotation in (bool, types.NoneType):
         return (_BOOLS if annotation is bool else _NONES)[word]
     if annotation is str:

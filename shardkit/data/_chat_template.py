@@ -7,7 +7,7 @@ turn, and the marks that its tokenizer must have as single tokens.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from .._core.errors import DataError, Problem, did_you_mean, format_problems
+from .._core.errors import DataError, did_you_mean
 from ._json_lines import Turn
 
 Spans = list[tuple[int, int]]
@@ -15,26 +15,17 @@ Spans = list[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How the turns of a chat are written.
+    """How the turns of a chat are written."""
 
-    Attributes:
-      name: as `data.template` says it.
-      start: before the first turn.
-      before: in front of a turn, by role; `{role}` is its name.
-      after: behind a turn, by role, as far as the model writes it.
-      between: behind that, by role.
-      marks: texts in it that must be single tokens, and that no message may contain.
-      strip: whether spaces around a message are dropped.
-      names: what `{role}` is, where that is not the role itself.
-    """
-
-    name: str
-    start: str
-    before: Mapping[str, str]
-    after: Mapping[str, str]
-    between: Mapping[str, str]
+    name: str  # as `data.template` says it
+    start: str  # before the first turn
+    before: Mapping[str, str]  # in front of a turn, by role; `{role}` is its name
+    after: Mapping[str, str]  # behind a turn, by role, as far as the model writes it
+    between: Mapping[str, str]  # behind that, by role
+    # texts in it that must be single tokens, and that no message may contain
     marks: tuple[str, ...]
-    strip: bool = False
+    strip: bool = False  # whether spaces around a message are dropped
+    # what `{role}` is, where that is not the role itself
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -137,14 +128,9 @@ _MARKED = [template for template in TEMPLATES.values() if template.name != "plai
 
 
 def choose_template(name: str | None, tokens: Mapping[str, int]) -> ChatTemplate:
-    """Returns the template of a name, or the one whose marks are tokens of a tokenizer.
+    """Returns the template of a name; for None the one whose marks are in `{token: id}`.
 
-    Args:
-      name: of the template; None to find it.
-      tokens: ids of the tokenizer's tokens by name.
-
-    Raises:
-      DataError: there is no such template, its marks are no tokens, or not exactly one fits.
+    Raises DataError if there is no such template, its marks are no tokens, or not exactly one fits.
     """
     headline = "The chats have no template."
     if name is None:
@@ -153,17 +139,15 @@ def choose_template(name: str | None, tokens: Mapping[str, int]) -> ChatTemplate
             return fitting[0]
         known = ", ".join(t.name for t in fitting) or "none"
         why = f"is not set, and the tokenizer has the marks of {known} of {', '.join(TEMPLATES)}"
-        raise DataError(format_problems(headline, [Problem("data.template", why)], _FIX))
+        raise DataError.of(headline, "data.template", why, _FIX)
     if name not in TEMPLATES:
         why = f"is not one of {', '.join(TEMPLATES)}.{did_you_mean(name, TEMPLATES)}"
-        problem = Problem(f"data.template={name}", why)
-        raise DataError(format_problems(headline, [problem], _FIX))
+        raise DataError.of(headline, f"data.template={name}", why, _FIX)
     template = TEMPLATES[name]
     missing = [mark for mark in template.marks if mark not in tokens]
     if missing and template in _MARKED:
         why = f"needs {', '.join(missing)} as tokens, and the tokenizer has none of that name"
-        problem = Problem(f"data.template={name}", why)
-        raise DataError(format_problems(headline, [problem], _FIX))
+        raise DataError.of(headline, f"data.template={name}", why, _FIX)
     return template
 
 

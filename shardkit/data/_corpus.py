@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import zlib
-from typing import Protocol
 
 import numpy as np
 
@@ -15,51 +14,9 @@ from ._tokenizer import ByteTokenizer, Tokenizer
 END = b"\0"
 
 
-class TokenizedCorpus(Protocol):
-    """Two streams of tokens that share no document: one to train on, one to score."""
-
-    @property
-    def source(self) -> str:
-        """What was read, in words."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What a token is: `byte` or `token`."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Decodes tokens; None if the tokenizer of the shards is not known."""
-        ...
-
-    @property
-    def train_tokens(self) -> Stream:
-        """The tokens to train on."""
-        ...
-
-    @property
-    def validation_tokens(self) -> Stream:
-        """The tokens to score."""
-        ...
-
-    @property
-    def validation_bytes(self) -> int | None:
-        """Bytes of the validation text; None if only its tokens are known."""
-        ...
-
-    def describe(self) -> str:
-        """Returns the sizes of the two parts, in words."""
-        ...
-
-    def identify(self) -> dict[str, str]:
-        """Returns what distinguishes these tokens from others, with a checksum of each part."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Bytes of text in two parts that share no file; a `TokenizedCorpus`.
+    """Bytes of text in two parts that share no file: one to train on, one to score.
 
     Attributes:
       source: what was read, in words.
@@ -131,21 +88,15 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class TokenCorpus:
-    """Token shards in two parts that share no document; a `TokenizedCorpus`.
+    """Token shards in two parts that share no document: one to train on, one to score.
 
     A single document is cut in two.
-
-    Attributes:
-      source: what was read, in words.
-      train_tokens: the tokens to train on.
-      validation_tokens: the tokens to score.
-      tokenizer: decodes them; None if it is not known.
     """
 
-    source: str
-    train_tokens: Stream = dataclasses.field(repr=False)
-    validation_tokens: Stream = dataclasses.field(repr=False)
-    tokenizer: Tokenizer | None = None
+    source: str  # what was read, in words
+    train_tokens: Stream = dataclasses.field(repr=False)  # the tokens to train on
+    validation_tokens: Stream = dataclasses.field(repr=False)  # the tokens to score
+    tokenizer: Tokenizer | None = None  # decodes them; None if it is not known
     unit: str = dataclasses.field(default="token", init=False)
     validation_bytes: None = dataclasses.field(default=None, init=False)
 
@@ -161,3 +112,6 @@ class TokenCorpus:
         """Returns that these are shards, and a checksum of the tokens of both parts."""
         sums = [stream.checksum() for stream in (self.train_tokens, self.validation_tokens)]
         return {"tokens": "shards", "crc32": sums[0], "validation": sums[1]}
+
+
+TokenizedCorpus = Corpus | TokenCorpus

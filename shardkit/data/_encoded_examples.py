@@ -7,26 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, count, format_problems
+from .._core.errors import DataError, Problem, count
 from ._chat_template import ChatTemplate, Spans
 from ._json_lines import Example, raise_some
-from ._sequences import TokenBatch, pack_best_fit
+from ._sequences import TokenBatch, fill_rows, pack_best_fit
 from ._tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """The tokens of an example, or of a part of it.
+    """The tokens of an example, or of a part of it."""
 
-    Attributes:
-      where: `file:line`.
-      ids: u32[n].
-      counts: bool[n], whether a token counts in the loss when it is predicted.
-    """
-
-    where: str
-    ids: np.ndarray
-    counts: np.ndarray
+    where: str  # `file:line`
+    ids: np.ndarray  # u32[n]
+    counts: np.ndarray  # bool[n], whether a token counts in the loss when it is predicted
 
     @property
     def size(self) -> int:
@@ -103,10 +97,8 @@ def fit_examples(
 ) -> tuple[list[EncodedExample], list[EncodedExample]]:
     """Returns the examples that fit into rows, and those of which something is left out.
 
-    Text is cut into parts, so that each of its tokens is predicted once.
-
-    Raises:
-      DataError: one is longer than a row and `overlong` is `error`, or none is left.
+    Text is cut into parts, so that each of its tokens is predicted once. Raises DataError if one is
+    longer than a row and `overlong` is `error`, or none is left.
     """
     fitting, changed = list[EncodedExample](), list[EncodedExample]()
     for example, text in zip(encoded, is_text, strict=True):
@@ -129,8 +121,7 @@ def fit_examples(
         raise_some("Examples are longer than a row.", problems, fix)
     if not fitting:
         why = f"has {len(changed[0].ids):,} tokens; a row has {length:,} + 1, and none fits"
-        problem = Problem(changed[0].where, why)
-        raise DataError(format_problems("Every example is longer than a row.", [problem], fix))
+        raise DataError.of("Every example is longer than a row.", changed[0].where, why, fix)
     return fitting, changed
 
 
@@ -139,10 +130,8 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Splits off the validation examples: those with the lowest hashes of their words.
 
-    Neither their order nor a seed moves one, and equal ones are on one side.
-
-    Raises:
-      DataError: all are equal, or there is one.
+    Neither their order nor a seed moves one, and equal ones are on one side. Raises DataError if
+    all are equal, or there is one.
     """
     hashes = [hashlib.sha256(repr(e.turns).encode("utf-8", "replace")).digest() for e in examples]
     last = sorted(hashes)[max(1, round(fraction * len(hashes))) - 1]
@@ -151,24 +140,18 @@ def split_examples(
         parts[digest <= last].append(example)
     if not parts[0]:
         why = f"is one of {count(len(examples), 'example')} that are all for validation"
-        problem = Problem(examples[0].where, why, "two different examples at least")
-        raise DataError(format_problems("No example is left to train on.", [problem]))
+        fix = "two different examples at least"
+        raise DataError.of("No example is left to train on.", examples[0].where, why, fix)
     return parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExampleRows:
-    """Examples laid out in rows: one in each, or several side by side.
+    """Examples laid out in rows: one in each, or several side by side."""
 
-    Attributes:
-      examples: each at most `length` positions long.
-      length: positions of a row.
-      packing: whether a row holds several.
-    """
-
-    examples: Sequence[EncodedExample]
-    length: int
-    packing: bool
+    examples: Sequence[EncodedExample]  # each at most `length` positions long
+    length: int  # positions of a row
+    packing: bool  # whether a row holds several
 
     @functools.cached_property
     def members(self) -> list[list[int]]:
@@ -190,20 +173,8 @@ class ExampleRows:
     def make(self, rows: Sequence[int]) -> TokenBatch:
         """Returns the rows of these numbers; a number behind the last is a row of padding.
 
-        Returns:
-          `inputs`, `targets` and `segment_ids` i32[n, length], examples numbered from 1 in each
-          row and padding 0; `weights` f32[n, length], 1 where an answer is predicted.
+        Weights are 1 where an answer is predicted; for the other arrays see `fill_rows`.
         """
-        shape = (len(rows), self.length)
-        names = ("inputs", "targets", "segment_ids")
-        batch: TokenBatch = {name: np.zeros(shape, np.int32) for name in names}
-        batch["weights"] = np.zeros(shape, np.float32)
-        for i, row in enumerate(rows):
-            at = 0
-            for segment, number in enumerate(self.members[row] if row < len(self.members) else ()):
-                example = self.examples[number]
-                here = (i, slice(at, at + example.size))
-                batch["inputs"][here], batch["targets"][here] = example.ids[:-1], example.ids[1:]
-                batch["weights"][here], batch["segment_ids"][here] = example.counts[1:], segment + 1
-                at += example.size
-        return batch
+        members = (self.members[row] if row < len(self.members) else () for row in rows)
+        examples = [[self.examples[number] for number in row] for row in members]
+        return fill_rows([[(e.ids, e.counts[1:]) for e in row] for row in examples], self.length)

@@ -27,17 +27,11 @@ from ._tokenizer import Tokenizer, load_fitting_tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """The beginning of a validation example, to continue.
+    """The beginning of a validation example, to continue."""
 
-    Attributes:
-      text: what comes before the first answer.
-      ids: its tokens.
-      answer: the first answer of the example.
-    """
-
-    text: str
-    ids: Sequence[int]
-    answer: str
+    text: str  # what comes before the first answer
+    ids: Sequence[int]  # its tokens
+    answer: str  # the first answer of the example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,8 +66,7 @@ class Examples:
             fix = f"--set data.batch_size={n}, or more examples"
             if self.config.packing:
                 fix += ", or --set data.packing=false"
-            problem = Problem(str(self.config.path), why, fix)
-            raise DataError(format_problems("There are too few examples.", [problem]))
+            raise DataError.of("There are too few examples.", str(self.config.path), why, fix)
 
     @property
     def rows(self) -> int:
@@ -201,12 +194,12 @@ def load_examples(config: DataConfig, vocabulary: int | None = None) -> Examples
     """
     headline = "The examples cannot be encoded."
     if config.path is None:
-        problem = Problem("data.path", "is not set", "--set data.path=FILE.jsonl")
-        raise DataError(format_problems("There are no examples.", [problem]))
+        why = "is not set"
+        raise DataError.of("There are no examples.", "data.path", why, "--set data.path=FILE.jsonl")
     if config.tokenizer is None:
         fix = "--set data.tokenizer=tokenizer.json, or --set data.tokenizer=bytes"
-        problem = Problem("data.tokenizer", "is not set, and there is none beside weights", fix)
-        raise DataError(format_problems(headline, [problem]))
+        why = "is not set, and there is none beside weights"
+        raise DataError.of(headline, "data.tokenizer", why, fix)
     examples = read_examples(config.path)
     tokenizer = load_fitting_tokenizer(config, vocabulary)
     template = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 
 
 class FileTokens:
@@ -18,25 +18,14 @@ class FileTokens:
 
     The file stays open, so that it may be deleted or replaced by another one of its name; whether
     it was changed itself is looked at before every read.
-
-    Attributes:
-      dtype: of the tokens.
     """
 
     def __init__(
         self, path: Path, dtype: np.dtype, offset: int, count: int, *, file: int | None = None
     ) -> None:
-        """Opens the file.
+        """Opens a regular file of `count` tokens from byte `offset`, or raises OSError.
 
-        Args:
-          path: of a regular file.
-          dtype: of the tokens.
-          offset: byte of the first token.
-          count: number of tokens.
-          file: descriptor of the open file, which is copied; by default the path is opened.
-
-        Raises:
-          OSError: the file cannot be opened.
+        A descriptor `file` of the open file is copied; by default the path is opened.
         """
         self.dtype, self._path, self._offset, self._count = dtype, path, offset, count
         self._file = os.open(path, os.O_RDONLY) if file is None else os.dup(file)
@@ -66,11 +55,7 @@ class FileTokens:
         return part
 
     def read_bytes(self, start: int, n: int) -> bytes:
-        """Reads bytes, counted from the first token.
-
-        Raises:
-          DataError: the file is not as it was when it was opened, or cannot be read.
-        """
+        """Reads bytes from the first token on; raises DataError if the file changed or fails."""
         try:
             if (now := _identity(self._file)) != self._opened:
                 raise self._error(f"has changed: it had {self._opened[0]:,} bytes, now {now[0]:,}")
@@ -87,7 +72,7 @@ class FileTokens:
     def _error(self, why: str) -> DataError:
         fix = "the file as it was; then rerun the same command to resume"
         headline = "The data has changed during the run."
-        return DataError(format_problems(headline, [Problem(str(self._path), why, fix)]))
+        return DataError.of(headline, str(self._path), why, fix)
 
 
 def _identity(file: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import DataError, Problem, count, format_problems, raise_all
+from .._core.errors import DataError, Problem, count, raise_all
 from .._core.io._files import check_regular, local_path, os_errors_as
 
 ANSWERS = ("assistant", "completion", "text")
@@ -24,15 +24,10 @@ _FIX = f"one JSON object a line: {_FORMS}"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A part of an example.
+    """A part of an example."""
 
-    Attributes:
-      role: `system`, `user` or `assistant` of a chat; `prompt` or `completion`; or `text`.
-      content: the words.
-    """
-
-    role: str
-    content: str
+    role: str  # `system`, `user` or `assistant` of a chat; `prompt` or `completion`; or `text`
+    content: str  # the words
 
     @property
     def is_answer(self) -> bool:
@@ -42,15 +37,10 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line.
+    """One line."""
 
-    Attributes:
-      where: `file:line`.
-      turns: its parts, in order.
-    """
-
-    where: str
-    turns: tuple[Turn, ...]
+    where: str  # `file:line`
+    turns: tuple[Turn, ...]  # its parts, in order
 
     @property
     def is_chat(self) -> bool:
@@ -70,9 +60,8 @@ class _BadLineError(ValueError):
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     """Reads every example of a file, or of the `.jsonl` files of a folder, in order of names.
 
-    Raises:
-      DataError: a file is missing or cannot be read; there is no example; or with the lines that
-        are not examples, of many the first ten.
+    Raises DataError if a file is missing or cannot be read or there is no example, and with the
+    first ten lines that are none.
     """
     root = local_path(path, DataError, _HEADLINE)
     examples, problems = list[Example](), list[Problem]()
@@ -84,7 +73,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
                 problems.append(Problem(where, str(error)))
     raise_some(_HEADLINE, problems, _FIX)
     if not examples:
-        raise DataError(format_problems(_HEADLINE, [Problem(str(root), "has no example")], _FIX))
+        raise DataError.of(_HEADLINE, str(root), "has no example", _FIX)
     return examples
 
 
@@ -103,7 +92,7 @@ def _list_files(root: Path) -> list[Path]:
     files = sorted(file for file in root.iterdir() if file.suffix in _SUFFIXES)
     if not files:
         why = f"holds no file that ends in {', '.join(_SUFFIXES)}"
-        raise DataError(format_problems(_HEADLINE, [Problem(str(root), why)], _FIX))
+        raise DataError.of(_HEADLINE, str(root), why, _FIX)
     return files
 
 
@@ -118,8 +107,8 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                problem = Problem(where, f"is not UTF-8: {error.reason}")
-                raise DataError(format_problems(_HEADLINE, [problem], _FIX)) from None
+                why = f"is not UTF-8: {error.reason}"
+                raise DataError.of(_HEADLINE, where, why, _FIX) from None
             if text:
                 yield where, text
 

@@ -1,6 +1,7 @@
 """Finds the rows of a batch that a process reads, and puts them on its devices."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,15 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 from .._core.row_dims import RowDims, with_dim
 from .._core.types import Batch, PyTree
 from ..rules import axes_of, format_mesh, shard_count
-
-
-def device_process(device: Any) -> int:
-    """Index of the process that a device belongs to."""
-    return device.process_index
 
 
 def process_rows(
@@ -24,7 +20,7 @@ def process_rows(
     spec: PartitionSpec,
     rows: int,
     process_index: int | None = None,
-    process_of: Callable[[Any], int] = device_process,
+    process_of: Callable[[Any], int] = operator.attrgetter("process_index"),
     row_dim: int = 0,
 ) -> np.ndarray:
     """Lists the rows of a global batch that the devices of one process hold.
@@ -60,8 +56,7 @@ def process_rows(
     if rows % shards:
         why = f"do not split {shards} ways, over {axes_of(axes)} of mesh {format_mesh(mesh.shape)}"
         fix = f"batch={max(1, round(rows / shards)) * shards}"
-        problem = Problem(f"batch of {rows} rows", why, fix)
-        raise DataError(format_problems(_HEADLINE, [problem]))
+        raise DataError.of(_HEADLINE, f"batch of {rows} rows", why, fix)
     local = np.zeros(rows, bool)
     indices = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((rows,))
     for device, (index,) in indices.items():
@@ -70,8 +65,8 @@ def process_rows(
     if not local.any():
         processes = sorted({process_of(device) for device in mesh.devices.flat})
         why = f"has no device in mesh {format_mesh(mesh.shape)}; processes {processes} have"
-        problem = Problem(f"process {process}", why, "MeshSpec(...).build() over all devices")
-        raise DataError(format_problems(_HEADLINE, [problem]))
+        fix = "MeshSpec(...).build() over all devices"
+        raise DataError.of(_HEADLINE, f"process {process}", why, fix)
     return np.flatnonzero(local)
 
 

@@ -28,11 +28,9 @@ _GENERATED = ("_sysconfigdata", "config-")  # files and folders at the top
 
 
 def is_validation(name: str, fraction: float) -> bool:
-    """Whether a file is validation text, from its relative path alone.
+    """Whether a file is validation text, from its relative path, with `/`, alone.
 
-    Args:
-      name: path relative to the corpus, with `/`.
-      fraction: expected fraction of validation files, in (0, 1).
+    The fraction is that of validation files, in (0, 1).
 
     >>> sum(is_validation(f"package/module_{i}.py", 0.05) for i in range(1000))
     53
@@ -84,11 +82,7 @@ def read_corpus(path: str | Path, validation_fraction: float = 0.05) -> Corpus:
 
 
 def read_documents(path: str | Path) -> Iterator[bytes]:
-    """Yields the files of a folder, or the one file, one at a time.
-
-    Raises:
-      DataError: a file is missing, unreadable or not text.
-    """
+    """Yields the text files of a folder, or the one file; raises DataError for one that is none."""
     root = local_path(path, DataError, fix=_FIX)
     is_folder = os.path.isdir(root)
     if is_folder:
@@ -100,11 +94,7 @@ def read_documents(path: str | Path) -> Iterator[bytes]:
 
 
 def list_shards(path: str | Path) -> list[Path]:
-    """Lists the token shards at a path; none if the path is text.
-
-    Raises:
-      DataError: a folder holds token shards and other files.
-    """
+    """Lists the token shards at a path, none for text; raises DataError for a folder with both."""
     root = local_path(path, DataError, fix=_FIX)
     if not os.path.isdir(root):
         return [root] if root.suffix in SUFFIXES else []
@@ -115,8 +105,7 @@ def list_shards(path: str | Path) -> list[Path]:
         _check_is_no_run(root)
         why = f"holds {count(len(shards), 'token shard')} (.bin, .npy) and {_list_some(others)}."
         fix = "--set data.path=FOLDER with nothing else in it, or the path of one shard"
-        problem = Problem(str(root), why, fix)
-        raise DataError(format_problems("The folder is neither text nor tokens.", [problem]))
+        raise DataError.of("The folder is neither text nor tokens.", str(root), why, fix)
     return [root / name for name in shards]
 
 
@@ -156,10 +145,7 @@ def _check_is_text(texts: dict[str, bytes]) -> None:
 def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
     """Lists the files below `root`, without hidden ones, caches, and those in skipped folders.
 
-    Links to folders are followed, each folder once.
-
-    Raises:
-      DataError: a folder cannot be read.
+    Links to folders are followed, each once. A folder that cannot be read raises a DataError.
     """
     names, seen = [], set()
     for folder, folders, files in os.walk(root, onerror=_raise_unreadable, followlinks=True):
@@ -189,14 +175,13 @@ def _make_corpus(
     train = [text for text in train if text]
     validation = [text for text in validation if text]
     if not train and not validation:
-        problem = Problem(source, "holds no bytes.", _USE_TEXT)
-        raise DataError(format_problems("The corpus is empty.", [problem]))
+        raise DataError.of("The corpus is empty.", source, "holds no bytes.", _USE_TEXT)
     if not train or not validation:
         empty, files = ("validation", train) if train else ("training", validation)
         why = f"{count(len(files), 'file')} fell into the other part at "
         why += f"data.validation_fraction={fraction:g}."
-        problem = Problem(source, why, "--set data.validation_fraction=0.2, or add files")
-        raise DataError(format_problems(f"The {empty} part of the corpus is empty.", [problem]))
+        fix = "--set data.validation_fraction=0.2, or add files"
+        raise DataError.of(f"The {empty} part of the corpus is empty.", source, why, fix)
     return Corpus(
         source=source,
         train=_join_files(train),
@@ -231,5 +216,4 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 def _unreadable(error: OSError, path: Path) -> DataError:
     denied = isinstance(error, PermissionError)
     fix = f"chmod -R u+rX {str(path)!r}" if denied else _USE_TEXT
-    problem = Problem(str(path), f"{error.strerror}.", fix)
-    return DataError(format_problems("The text cannot be read.", [problem]))
+    return DataError.of("The text cannot be read.", str(path), f"{error.strerror}.", fix)

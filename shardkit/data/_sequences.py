@@ -5,7 +5,7 @@ In both an epoch has a fixed number of rows, and any row can be made at any time
 
 import dataclasses
 import functools
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,19 +13,6 @@ from ._shuffled_index import shuffled_index
 from ._stream import Stream
 
 TokenBatch = dict[str, np.ndarray]
-
-
-class Sequences(Protocol):
-    """A stream cut into rows."""
-
-    @property
-    def per_epoch(self) -> int:
-        """Rows of an epoch."""
-        ...
-
-    def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
-        """Returns the rows numbered `rows`, i64[n] over all epochs: arrays [n, length]."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,14 +23,10 @@ class ContiguousSequences:
 
         token   0 1 | 2 3 4 5 | 6 7 8 9 | 10 11 12 13 | 14 …
                       row 0     row 1     row 2          not read in this epoch
-
-    Attributes:
-      stream: the tokens.
-      length: tokens of a row.
     """
 
-    stream: Stream
-    length: int
+    stream: Stream  # the tokens
+    length: int  # tokens of a row
 
     @property
     def per_epoch(self) -> int:
@@ -51,7 +34,7 @@ class ContiguousSequences:
         return max(1, (self.stream.predicted + 1 - self.length) // self.length)
 
     def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
-        """Returns `inputs`, `targets` and `weights`, which are all 1."""
+        """Returns `inputs`, `targets`, and `weights` of 1, of rows i64[n] over all epochs."""
         largest_offset = self.stream.predicted - self.per_epoch * self.length
         starts = [
             min(offset, largest_offset) + index * self.length
@@ -68,14 +51,10 @@ class PackedSequences:
 
     Packing takes about two seconds for a million documents, once. Every position of a document
     that has a next token is in exactly one row.
-
-    Attributes:
-      stream: the documents.
-      length: tokens of a row.
     """
 
-    stream: Stream
-    length: int
+    stream: Stream  # the documents
+    length: int  # tokens of a row
 
     @property
     def per_epoch(self) -> int:
@@ -112,26 +91,39 @@ class PackedSequences:
         return starts[order], sizes[order], bounds
 
     def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
-        """Returns `inputs`, `targets`, `weights` (0 on padding) and `segment_ids`.
-
-        Segments are numbered from 1 in each row; padding is segment 0.
-        """
+        """Returns the rows numbered i64[n] over all epochs; see `fill_rows`."""
         starts, sizes, bounds = self._layout
-        shape = (len(rows), self.length)
-        batch: TokenBatch = {
-            name: np.zeros(shape, np.int32) for name in ("inputs", "targets", "segment_ids")
-        }
-        batch["weights"] = np.zeros(shape, np.float32)
-        for i, (index, _) in enumerate(shuffled_index(seed, rows, self.per_epoch)):
-            at = 0
-            for segment, part in enumerate(range(bounds[index], bounds[index + 1]), 1):
+        ones = np.ones(self.length, np.float32)
+
+        def segments(row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for part in range(bounds[row], bounds[row + 1]):
                 size = int(sizes[part])
-                tokens = self.stream.read(starts[part : part + 1], size + 1)[0]
-                here = (i, slice(at, at + size))
-                batch["inputs"][here], batch["targets"][here] = tokens[:-1], tokens[1:]
-                batch["segment_ids"][here], batch["weights"][here] = segment, 1
-                at += size
-        return batch
+                yield self.stream.read(starts[part : part + 1], size + 1)[0], ones[:size]
+
+        picked = shuffled_index(seed, rows, self.per_epoch)
+        return fill_rows([segments(row) for row, _ in picked], self.length)
+
+
+Sequences = ContiguousSequences | PackedSequences
+
+
+def fill_rows(rows: Sequence[Iterable[tuple[np.ndarray, np.ndarray]]], length: int) -> TokenBatch:
+    """Places segments side by side: integers [size + 1], and the weights [size] of their targets.
+
+    Returns `inputs`, `targets` and `segment_ids` i32[n, length], segments numbered from 1 in each
+    row and padding 0; and `weights` f32[n, length], 0 on padding.
+    """
+    names = ("inputs", "targets", "segment_ids")
+    batch: TokenBatch = {name: np.zeros((len(rows), length), np.int32) for name in names}
+    batch["weights"] = np.zeros((len(rows), length), np.float32)
+    for i, segments in enumerate(rows):
+        at = 0
+        for number, (tokens, weights) in enumerate(segments, 1):
+            here = (i, slice(at, at + len(weights)))
+            batch["inputs"][here], batch["targets"][here] = tokens[:-1], tokens[1:]
+            batch["weights"][here], batch["segment_ids"][here] = weights, number
+            at += len(weights)
+    return batch
 
 
 def pack_best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -193,15 +185,9 @@ def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def segment_ids_at(stream: Stream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns segment ids for positions of a stream, and the targets that stay in the document.
+    """Returns segment ids i32[n, length] of positions, and the targets that stay in the document.
 
-    Args:
-      stream: the documents.
-      positions: i64[n, length].
-
-    Returns:
-      i32[n, length], documents numbered from 1 in each row; and bool[n, length], whether the next
-      token belongs to the same document.
+    Documents are numbered from 1 in each row; targets are bool[n, length].
     """
     document = stream.document_at(positions)
     if stream.lead:

@@ -50,23 +50,14 @@ class _InvalidShard(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ShardHeader:
-    """The first 64 bytes of a `.bin` file.
+    """The first 64 bytes of a `.bin` file."""
 
-    Attributes:
-      itemsize: bytes of one token.
-      vocabulary: every id is below it.
-      tokens: number of tokens.
-      documents: number of documents.
-      end: id that follows each document, or -1.
-      checksum: CRC-32 of the checksums of blocks; None in files that have none.
-    """
-
-    itemsize: int
-    vocabulary: int
-    tokens: int
-    documents: int
-    end: int
-    checksum: int | None = None
+    itemsize: int  # bytes of one token
+    vocabulary: int  # every id is below it
+    tokens: int  # number of tokens
+    documents: int  # number of documents
+    end: int  # id that follows each document, or -1
+    checksum: int | None = None  # CRC-32 of the checksums of blocks; None in files that have none
 
     @property
     def ends_at(self) -> int:
@@ -144,8 +135,8 @@ def write_tokens(
     errors = os_errors_as(DataError, "The shard cannot be written.", path, fix)
     with errors, write_atomic(path) as temporary, open(temporary, "w+b") as file:
         if not _write_shard(file, documents, vocabulary, end):
-            problem = Problem(str(path), "no document has a token", "at least one token")
-            raise DataError(format_problems("The shard would be empty.", [problem]))
+            why = "no document has a token"
+            raise DataError.of("The shard would be empty.", str(path), why, "at least one token")
     return path
 
 

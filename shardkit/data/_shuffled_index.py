@@ -15,12 +15,6 @@ def epoch_order(seed: int, epoch: int, rows: int, length: int = 1) -> tuple[Any,
 
     Each epoch starts at another token below `length`, so that epochs cut a text at different
     places.
-
-    Args:
-      seed: of the data.
-      epoch: from 0.
-      rows: rows of an epoch.
-      length: tokens of a row.
     """
     random = np.random.default_rng((seed % 2**64, epoch))
     if rows <= _MAX_IN_MEMORY:
@@ -38,16 +32,10 @@ def _shuffle_lazily(rows: int, seed: int) -> Any:
 def shuffled_index(
     seed: int, rows: np.ndarray, rows_per_epoch: int, length: int = 1
 ) -> list[tuple[int, int]]:
-    """Returns, for rows numbered over all epochs, the index in the unshuffled data.
+    """Returns, for rows i64[n] numbered over all epochs, the index in the unshuffled data.
 
-    Args:
-      seed: of the data.
-      rows: i64[n], row numbers over all epochs.
-      rows_per_epoch: row 25 of epochs of 10 rows is entry 5 of the third permutation.
-      length: tokens of a row.
-
-    Returns:
-      For each row its index below `rows_per_epoch`, and the first token of its epoch.
+    Row 25 of epochs of 10 rows is entry 5 of the third permutation. With each index comes the first
+    token of its epoch.
     """
     pairs = []
     for row in rows.tolist():

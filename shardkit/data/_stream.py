@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 from ._file_tokens import FileTokens
 
 # Larger files have a checksum of this many blocks, evenly spaced.
@@ -17,19 +17,14 @@ _MAX_FULL_CHECKSUM, _BLOCKS, _BLOCK = 2**26, 64, 2**16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """The tokens of a file, or a range of them.
+    """The tokens of a file, or a range of them."""
 
-    Attributes:
-      name: of the file, for errors.
-      tokens: integers[n], in memory or in the file.
-      ends: i64[documents], the index behind each document; the last is n.
-      first: index of token 0 in the file.
-    """
-
-    name: str
+    name: str  # of the file, for errors
+    # integers[n], in memory or in the file
     tokens: np.ndarray | FileTokens = dataclasses.field(repr=False)
+    # i64[documents], the index behind each document; the last is n
     ends: np.ndarray = dataclasses.field(repr=False)
-    first: int = 0
+    first: int = 0  # index of token 0 in the file
 
     def cut(self, at: int) -> tuple["TokenFile", "TokenFile"]:
         """Returns the tokens before an index and those from it on; either may be empty."""
@@ -156,16 +151,10 @@ class Stream:
 
 
 def check_ids(file: TokenFile, tokens: np.ndarray, first: int, vocabulary: int) -> None:
-    """Checks that ids are in a vocabulary, and names the first that is not.
+    """Raises DataError with file, index and id of the first token that is not in a vocabulary.
 
-    Args:
-      file: that they come from.
-      tokens: some of its tokens.
-      first: index of the first of these in the file.
-      vocabulary: every id must be smaller.
-
-    Raises:
-      DataError: names file, index and id.
+    The `tokens` are some of the file's, from index `first`; each id must be smaller than
+    `vocabulary`.
     """
     info = np.iinfo(tokens.dtype)
     if not tokens.size or (info.min == 0 and info.max < vocabulary):
@@ -177,5 +166,5 @@ def check_ids(file: TokenFile, tokens: np.ndarray, first: int, vocabulary: int) 
     place = file.first + first + at
     why = f"token {place:,} is id {int(tokens[at])}; the vocabulary has {vocabulary} ids, from 0"
     fix = f"--set model.vocab={high + 1}" if low >= 0 else "tokens of an unsigned type"
-    problem = Problem(file.name, why, f"{fix}, or shards made with the model's tokenizer")
-    raise DataError(format_problems("A token is not in the vocabulary.", [problem]))
+    fix = f"{fix}, or shards made with the model's tokenizer"
+    raise DataError.of("A token is not in the vocabulary.", file.name, why, fix)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 from .._core.io._files import local_path
 from ._read_text import read_documents
 from ._shards import write_tokens
@@ -36,8 +36,8 @@ def tokenize(
     folder = local_path(folder, DataError)
     if folder.is_dir() and (existing := sorted(folder.iterdir())):
         why = f"holds {existing[0].name}; nothing is overwritten."
-        problem = Problem(str(folder), why, f"{folder}-2, or another empty folder")
-        raise DataError(format_problems("The shards need an empty folder.", [problem]))
+        fix = f"{folder}-2, or another empty folder"
+        raise DataError.of("The shards need an empty folder.", str(folder), why, fix)
     encoder = load_tokenizer(tokenizer)
     documents, shards = _encode_documents(path, encoder), []
     for document in documents:
@@ -46,8 +46,8 @@ def tokenize(
         name = f"tokens-{len(shards):05d}.bin"
         shards.append(write_tokens(folder / name, shard, encoder.vocabulary, encoder.end))
     if not shards:
-        problem = Problem(str(path), "holds no text.", "a folder with text in it")
-        raise DataError(format_problems("There is nothing to tokenize.", [problem]))
+        fix = "a folder with text in it"
+        raise DataError.of("There is nothing to tokenize.", str(path), "holds no text.", fix)
     return shards
 
 

@@ -107,13 +107,9 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` library.
+    """A tokenizer of the `tokenizers` library."""
 
-    Attributes:
-      path: of its JSON file.
-    """
-
-    path: Path
+    path: Path  # of its JSON file
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -147,11 +143,7 @@ class FileTokenizer:
         return self._properties[2]
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Returns each document's ids, u32.
-
-        Raises:
-          DataError: a document is not UTF-8.
-        """
+        """Returns each document's ids, u32; raises DataError for one that is not UTF-8."""
         texts = [_decode_utf8(document) for document in documents]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
@@ -186,11 +178,7 @@ def load_tokenizer(tokenizer: str | None) -> Tokenizer:
 
 
 def load_fitting_tokenizer(config: DataConfig, vocabulary: int | None) -> Tokenizer:
-    """Loads the config's tokenizer; the model must have an id for each of its tokens.
-
-    Raises:
-      DataError: it cannot be loaded, or has more ids than `vocabulary`.
-    """
+    """Loads the config's tokenizer; raises DataError if the model has not an id for each token."""
     tokenizer = load_tokenizer(config.tokenizer)
     if vocabulary is not None and tokenizer.vocabulary > vocabulary:
         by_byte = isinstance(tokenizer, ByteTokenizer)
@@ -227,5 +215,4 @@ def _load_library_tokenizer(path: Path) -> Any:
     except Exception as error:  # the library raises nothing more specific
         why = f"is not a tokenizer file: {error}"
         fix = "the tokenizer.json that `tokenizers` saves, or leave data.tokenizer out for bytes"
-    problem = Problem(subject, f"{why}.", fix)
-    raise DataError(format_problems("The tokenizer cannot be loaded.", [problem]))
+    raise DataError.of("The tokenizer cannot be loaded.", subject, f"{why}.", fix)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._core.errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
+from .._core.errors import MeshError, Problem, ReportError, did_you_mean, raise_all
 from .._core.options import check_options
 from ._gpu_target import GPU_TARGETS
 
@@ -248,7 +248,7 @@ def find_chip(name: str, more: Iterable[Chip] = ()) -> Chip:
         return known[name]
     why = f"is not in the hardware table.{did_you_mean(name, known)}"
     fix = f"one of {', '.join(known)}; or hardware=(sk.Chip(name={name!r}, ...),) in the config"
-    raise ReportError(format_problems("Unknown chip.", [Problem(repr(name), why)], fix))
+    raise ReportError.of("Unknown chip.", repr(name), why, fix)
 
 
 def identify_chip(device_kind: str) -> Chip | None:

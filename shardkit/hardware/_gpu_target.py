@@ -19,30 +19,19 @@ _ACCELERATED = "feature_extension: ACCELERATED_FEATURES"
 
 @dataclasses.dataclass(frozen=True)
 class GpuTarget:
-    """One GPU as its compiler describes it.
+    """One GPU as its compiler describes it."""
 
-    Attributes:
-      description: what its driver calls it.
-      capability: fields of `cuda_compute_capability`.
-      cores: number of multiprocessors, each with `fpus` units and `shared` bytes of memory.
-      bandwidth: bytes/s of its memory.
-      cache: bytes of the L2 cache.
-      clock: GHz.
-      memory: bytes.
-      matrix_clock: GHz of its matrix units.
-      matrix: primitive type → operations per clock of these; none leaves them and the links out.
-    """
-
-    description: str
-    capability: str
-    cores: int
+    description: str  # what its driver calls it
+    capability: str  # fields of `cuda_compute_capability`
+    cores: int  # number of multiprocessors, each with `fpus` units and `shared` bytes of memory
     fpus: int
     shared: int
-    bandwidth: int
-    cache: int
-    clock: float
-    memory: int
-    matrix_clock: float = 0.0
+    bandwidth: int  # bytes/s of its memory
+    cache: int  # bytes of the L2 cache
+    clock: float  # GHz
+    memory: int  # bytes
+    matrix_clock: float = 0.0  # GHz of its matrix units
+    # primitive type → operations per clock of these; none leaves them and the links out
     matrix: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 

@@ -37,10 +37,9 @@ def adapter_problems(adapters: Sequence[str], key: Any) -> list[Problem]:
 def draw_adapters(
     spec: StepSpec, mesh: Mesh, shardings: Mapping[str, Sharding], key: Key
 ) -> dict[str, jax.Array]:
-    """Draws some leaves of what `init` returns, on their devices; the others are never made.
+    """Draws some leaves of `init` on their devices; raises CheckpointError if it lacks one.
 
-    Raises:
-      CheckpointError: `init` has no such leaf.
+    The other leaves are never made.
     """
 
     def draw(key: Key) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from .._core.errors import (
     ConfigError,
     Problem,
     did_you_mean,
-    format_problems,
     raise_all,
 )
 from .._core.io._files import local_path
@@ -116,21 +115,19 @@ def find_family(folder: Path) -> ModelFamily:
       CheckpointError: the file is absent, or not JSON.
     """
     if not (folder / CONFIG).is_file():
-        problem = Problem(str(folder), f"has no {CONFIG}", "a folder that save_pretrained made")
-        raise CheckpointError(format_problems("The family is unknown.", [problem]))
+        fix = "a folder that save_pretrained made"
+        raise CheckpointError.of("The family is unknown.", str(folder), f"has no {CONFIG}", fix)
     values = load_json(folder / CONFIG)
     model_type, family = values.get("model_type"), _lookup(values)
     known = f"known: {', '.join(FAMILIES)}"
     fix = "table={...}, which maps the tensors of any model onto yours"
     if family is None:
         why = f"is not a known family; {known}.{did_you_mean(str(model_type), FAMILIES)}"
-        problem = Problem(f"model_type={model_type!r}", why, fix)
-        raise ConfigError(format_problems(_HEADLINE, [problem]))
+        raise ConfigError.of(_HEADLINE, f"model_type={model_type!r}", why, fix)
     architectures = values.get("architectures") or [family.architecture]
     if not isinstance(architectures, list) or family.architecture not in architectures:
         why = f"is not a language model of {model_type}: {family.architecture}"
-        problem = Problem(f"architectures={architectures}", why, fix)
-        raise ConfigError(format_problems(_HEADLINE, [problem]))
+        raise ConfigError.of(_HEADLINE, f"architectures={architectures}", why, fix)
     return family
 
 

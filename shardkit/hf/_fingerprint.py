@@ -41,11 +41,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
-    """Returns the dtype of most of a folder's numbers.
-
-    Raises:
-      CheckpointError: the folder cannot be read.
-    """
+    """The dtype of most of a folder's numbers; raises CheckpointError if it cannot be read."""
     sizes: dict[str, int] = {}
     for tensor in read_folder(local_path(path, CheckpointError)).values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

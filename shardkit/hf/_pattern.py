@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError
 
 VOCAB = "v"
 _TOKEN = re.compile(r"\s*(\(|\)|->|\d+/\d+|[a-z]+)")
@@ -25,22 +25,16 @@ _TOKEN = re.compile(r"\s*(\(|\)|->|\d+/\d+|[a-z]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern.
+    """A parsed pattern."""
 
-    Attributes:
-      groups: one tuple of items for each dim of the tensor; an item is a letter, or `k/m`.
-      leaf: letters of the dims of the leaf, behind the stacked ones.
-    """
-
+    # one tuple of items for each dim of the tensor; an item is a letter, or `k/m`
     groups: tuple[tuple[str, ...], ...]
-    leaf: tuple[str, ...]
+    leaf: tuple[str, ...]  # letters of the dims of the leaf, behind the stacked ones
 
     def stored_shape(self, leaf_shape: tuple[int, ...], padding: int = 0) -> tuple[int, ...]:
-        """Returns the shape of the tensor.
+        """Returns the shape of the tensor, from the leaf's without its stacked dims.
 
-        Args:
-          leaf_shape: of the leaf, without its stacked dims.
-          padding: rows of the leaf's dim `v` that the tensor lacks.
+        The tensor lacks `padding` rows of the leaf's dim `v`.
 
         >>> parse("e (1/3 n h) -> e n h").stored_shape((32, 4, 8))
         (32, 96)
@@ -48,12 +42,7 @@ class Pattern:
         return tuple(math.prod(group) for group in self._sizes(leaf_shape, padding))
 
     def view(self, stored: np.ndarray, leaf_shape: tuple[int, ...], padding: int = 0) -> np.ndarray:
-        """Returns a view of a tensor with the dims of the leaf, without padding.
-
-        Args:
-          stored: the tensor, contiguous, of `stored_shape(leaf_shape, padding)`.
-          leaf_shape: as for `stored_shape`.
-          padding: as for `stored_shape`.
+        """Returns a view of a contiguous tensor of `stored_shape` with the leaf's dims, unpadded.
 
         >>> parse("(n h) e -> e n h").view(np.zeros((6, 5)), (5, 2, 3)).shape
         (5, 2, 3)
@@ -95,11 +84,7 @@ def _size(item: str, sizes: Mapping[str, int]) -> int:
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> Pattern:
-    """Parses a pattern.
-
-    Raises:
-      CheckpointError: it is not one.
-    """
+    """Parses a pattern; raises CheckpointError if it is none."""
     left, arrow, right = text.partition("->")
     groups, leaf = _groups(left), right.split()
     names = [item for group in groups or () for item in group if "/" not in item]
@@ -107,8 +92,8 @@ def parse(text: str) -> Pattern:
     fits = sorted(names) == sorted(leaf) and len(set(leaf)) == len(leaf)
     if not arrow or groups is None or not fits or any(int(k) >= int(m) for k, m in parts):
         why = "does not say how the dims of a tensor become those of a leaf"
-        problem = Problem(repr(text), why, "'(n h) e -> e n h': every letter once on each side")
-        raise CheckpointError(format_problems("A table of tensors cannot be read.", [problem]))
+        fix = "'(n h) e -> e n h': every letter once on each side"
+        raise CheckpointError.of("A table of tensors cannot be read.", repr(text), why, fix)
     return Pattern(groups, tuple(leaf))
 
 

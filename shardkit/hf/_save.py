@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._core.errors import CheckpointError, Problem, format_problems, raise_all
+from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.io._files import local_path, os_errors_as, sync_folder
 from .._core.options import check_arguments
 from .._core.own_sharding import on_any_mesh
@@ -92,7 +92,8 @@ def save(
     leaves = leaves_by_path(params)
     problems = [Problem(str(target), "exists already")] if target.exists() else []
     raise_all(CheckpointError, _HEADLINE, problems, "another folder")
-    weights = read_folder(model) if _has_weights(model) else {}
+    has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
+    weights = read_folder(model) if has_weights else {}
     index = read_index(model) if weights else {}
     if table is None:
         family = find_family(model)
@@ -138,10 +139,6 @@ def _sync_files(paths: Iterable[Path]) -> None:
     for path in paths:
         with path.open("rb") as opened:
             os.fsync(opened.fileno())
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
 def _config_problems(model: Path, leaves: Mapping[str, Any], padding: int) -> list[Problem]:
@@ -273,12 +270,10 @@ def _carry_files(model: Path, folder: Path) -> None:
     for path in sorted(model.iterdir()):
         carried = path.suffix in _CARRIED_SUFFIXES and any(matches(g, path.name) for g in _CARRIED)
         if path.name == CONFIG and not _is_own(path):
-            problem = Problem(
-                str(path), "is a link out of the folder", "a copy of what it points to"
-            )
-            raise CheckpointError(format_problems(_HEADLINE, [problem]))
+            why = "is a link out of the folder"
+            raise CheckpointError.of(_HEADLINE, str(path), why, "a copy of what it points to")
         if carried and path.is_file() and _is_own(path):
             if path.stat().st_size > _LARGEST_CARRIED:
-                problem = Problem(str(path), f"has {path.stat().st_size} bytes: not a tokenizer")
-                raise CheckpointError(format_problems(_HEADLINE, [problem], "delete it"))
+                why = f"has {path.stat().st_size} bytes: not a tokenizer"
+                raise CheckpointError.of(_HEADLINE, str(path), why, "delete it")
             shutil.copyfile(path, folder / path.name)

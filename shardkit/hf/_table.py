@@ -38,23 +38,15 @@ _PLACE = re.compile(r"\{([a-z])\}")
 
 @dataclasses.dataclass(frozen=True)
 class LeafSource:
-    """The tensors of one leaf.
+    """The tensors of one leaf."""
 
-    Attributes:
-      path: of the leaf.
-      shape: of the leaf.
-      dtype: of the leaf.
-      names: `{(i, j): name}` of the tensors by their place in the stacked dims; `()` without any.
-      pattern: from the dims of one tensor to those of the leaf behind the stacked ones.
-      padding: rows of the leaf's vocabulary that the tensors lack.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
+    path: str  # of the leaf
+    shape: tuple[int, ...]  # of the leaf
+    dtype: Any  # of the leaf
+    # `{(i, j): name}` of the tensors by their place in the stacked dims; `()` without any
     names: Mapping[tuple[int, ...], str]
-    pattern: Pattern
-    padding: int = 0
+    pattern: Pattern  # from the dims of one tensor to those of the leaf behind the stacked ones
+    padding: int = 0  # rows of the leaf's vocabulary that the tensors lack
 
     @property
     def type(self) -> str:
@@ -74,13 +66,9 @@ class LeafSource:
     def pieces(
         self, index: tuple[slice, ...]
     ) -> Iterator[tuple[str, tuple[slice, ...], tuple[Any, ...]]]:
-        """Yields the parts of a slice of the leaf that tensors hold, few rows at a time.
+        """Yields the parts that tensors hold of a slice of the leaf, of step 1, few rows at a time.
 
-        Args:
-          index: one slice of step 1 per dim of the leaf.
-
-        Yields:
-          A tensor's name, the slice of its `Pattern.view`, and where that is in the slice.
+        Each is a tensor's name, the slice of its `Pattern.view`, and where that is in the slice.
         """
         box: Box = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
         depth = len(self.shape) - len(self.inner)
@@ -144,15 +132,9 @@ def _table_problems(table: object) -> Iterator[Problem]:
 def find_sources(
     table: Table, leaves: Mapping[str, Any], padding: int
 ) -> tuple[dict[str, LeafSource], list[Problem]]:
-    """Finds the tensors of every leaf.
+    """Finds the tensors of every leaf; returns what is wrong with leaves that have none.
 
-    Args:
-      table: of the model.
-      leaves: `{path: abstract leaf or array}`.
-      padding: rows of every dim `v` that tensors lack.
-
-    Returns:
-      The source of each leaf, and what is wrong with leaves that have none.
+    Tensors lack `padding` rows of every dim `v`.
     """
     raise_all(CheckpointError, "A table of tensors cannot be read.", [*_table_problems(table)])
     rows = [(_compile(path), name, parse(text)) for path, (name, text) in table.items()]
@@ -187,11 +169,7 @@ def keeps_values(stored: Any, wanted: Any, may_round: bool) -> bool:
 
 
 def assign(array: np.ndarray, at: Any, values: np.ndarray, name: str) -> None:
-    """Sets a part of an array, rounded to its dtype.
-
-    Raises:
-      CheckpointError: a finite value becomes infinite or NaN; names the tensor.
-    """
+    """Sets a part of an array, rounded; raises CheckpointError where finite values overflow."""
     both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (array, values))
     if both_float and jnp.finfo(array.dtype).max < jnp.finfo(values.dtype).max:
         with np.errstate(over="ignore", invalid="ignore"):

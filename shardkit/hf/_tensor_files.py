@@ -36,19 +36,12 @@ class BadFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-      file: that has it.
-      offset: of its first byte in the file.
-      shape: its dims.
-      dtype: name of its element type, as numpy and ml_dtypes call it.
-    """
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    file: Path  # that has it
+    offset: int  # of its first byte in the file
+    shape: tuple[int, ...]  # its dims
+    dtype: str  # name of its element type, as numpy and ml_dtypes call it
 
     @property
     def type(self) -> str:
@@ -76,9 +69,8 @@ class StoredTensor:
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of all files of a folder: `{name: tensor}`.
 
-    Raises:
-      CheckpointError: there is no index where several files need one, the index names a path or a
-        file that is absent, or a file is truncated or not as the index says; all in one error.
+    One CheckpointError says that several files have no index, that it names a path or a file that
+    is absent, or that a file is truncated or not as it says.
     """
     weight_map, problems = read_index(folder), list[Problem]()
     tensors: dict[str, StoredTensor] = {}
@@ -97,11 +89,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Reads `{tensor: file}` of a folder; {} where one file holds all.
-
-    Raises:
-      CheckpointError: the folder has neither, or the index is not one.
-    """
+    """Reads `{tensor: file}`; {} for a single file; raises CheckpointError if there is no index."""
     path, fix = folder / INDEX, f"a folder with {SINGLE}, or with {INDEX} and the files it names"
     why = ""
     if not folder.is_dir():
@@ -153,11 +141,7 @@ def _index_problems(
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      CheckpointError: the file is absent, or not one.
-    """
+    """Reads a JSON object; raises CheckpointError if the file is absent, or not one."""
     try:
         value = json.loads(_read_regular(path, _LARGEST_JSON))
     except (OSError, ValueError, RecursionError) as error:
@@ -179,11 +163,7 @@ def _read_regular(path: Path, most: int) -> bytes:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Reads the header of one file.
-
-    Raises:
-      BadFile: it is not a safetensors file, or truncated.
-    """
+    """Reads a file's header; raises BadFile if it is truncated, or not a safetensors file."""
     try:
         check_regular(path)
         size = path.stat().st_size
@@ -229,14 +209,9 @@ def _parse_entry(path: Path, name: str, entry: Any) -> StoredTensor:
 
 
 def create_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Creates a file with its header, and room for its tensors reserved on the disk.
+    """Creates a file with its header, as `lay_out` returns it, and reserves room for its tensors.
 
-    Args:
-      path: of the file.
-      tensors: as `lay_out` returns them.
-
-    Raises:
-      OSError: the disk is full, before anything is mapped.
+    If the disk is full, it raises OSError before anything is mapped.
     """
     header, start = _render(tensors), min((t.offset for t in tensors.values()), default=8)
     with path.open("xb") as file:

@@ -73,10 +73,7 @@ def norm(
 def rope_angles(config: DecoderConfig, length: int, local: bool = False) -> Rotation:
     """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles.
 
-    Args:
-      config: the decoder's sizes and frequencies.
-      length: number of positions.
-      local: whether for the layers that see a window, where these turn in their own way.
+    Layers that see a window turn in a `local` way of their own.
     """
     c, head_dim = config, config.head_size
     own = c.local_rope_theta if local else None
@@ -127,16 +124,10 @@ def block(
     """Returns the residual stream after one block: x + attention(norm x), then + mlp(norm x).
 
     With experts it also returns the sums of `router_statistics`; without experts an empty dict.
-
-    Args:
-      config: the decoder's sizes.
-      weights: arrays of one layer, by the names of `Layers`.
-      x_BTE: residual stream, [batch, length, embed].
-      angles: results of `rope_angles` for this length: one for all layers, or those of global
-        and of local ones; empty without rotation.
-      segment_ids: i32[batch, length]; None if every row is one segment.
-      key: draws dropout; None for no dropout.
-      token_weights: f32[batch, length], weight of each token in losses; None for 1.
+    `weights` are arrays of one layer, by the names of `Layers`; the stream is [batch, length,
+    embed]. `angles` are results of `rope_angles` for this length: one for all layers, or those of
+    global and of local ones; empty without rotation. `segment_ids` i32[batch, length] may be None
+    for one segment in each row, `token_weights` f32[batch, length] for 1, and `key` for no dropout.
     """
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     with jax.named_scope("attention"):

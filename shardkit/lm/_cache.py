@@ -30,30 +30,20 @@ _CACHE = ("batch", "length", "kv_heads", "head_dim")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys after rotation, and values, of the positions of each row so far.
+    """Keys after rotation, and values, of the positions of each row so far."""
 
-    Attributes:
-      keys: [layers, rows, positions, kv_heads, head_dim].
-      values: the same.
-    """
-
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [layers, rows, positions, kv_heads, head_dim]
+    values: jax.Array  # the same
 
 
 def fill_cache(
     model: Decoder, tokens_BT: jax.Array, last_B: jax.Array, size: int
 ) -> tuple[jax.Array, KeyValueCache]:
-    """Computes whole prompts, as the model itself does.
+    """Computes whole prompts i32[rows, length], as the model does in evaluation mode.
 
-    Args:
-      model: in evaluation mode.
-      tokens_BT: i32[rows, length], the prompts; what is behind the end of one is ignored.
-      last_B: i32[rows], index of the last token of each prompt.
-      size: positions of the cache, at least `length`.
-
-    Returns:
-      Logits of the token behind each prompt, f32[rows, vocab], and the cache.
+    `last_B` i32[rows] is the index of each prompt's last token; what is behind is ignored. `size`
+    is the number of positions of the cache, at least `length`. Returns logits of the token behind
+    each prompt, f32[rows, vocab], and the cache.
     """
     config, room = model.config, size - tokens_BT.shape[1]
     angles = model.angles(tokens_BT.shape[1])
@@ -75,17 +65,11 @@ def fill_cache(
 def extend_cache(
     model: Decoder, token_B: jax.Array, at_B: jax.Array, cache: KeyValueCache
 ) -> tuple[jax.Array, KeyValueCache]:
-    """Computes one token of each row.
+    """Computes one token i32[rows] of each row, as the model does in evaluation mode.
 
-    Args:
-      model: in evaluation mode.
-      token_B: i32[rows].
-      at_B: i32[rows], position of each token, below the size of the cache. Positions before it
-        are filled.
-      cache: of the positions before.
-
-    Returns:
-      Logits of the tokens behind them, f32[rows, vocab], and the cache with these tokens.
+    `at_B` i32[rows] is the position of each token, below the size of the cache; positions before it
+    are filled. Returns logits of the tokens behind them, f32[rows, vocab], and the cache with these
+    tokens.
     """
     config, size = model.config, cache.keys.shape[2]
     angles = tuple((cos[at_B][:, None], sin[at_B][:, None]) for cos, sin in model.angles(size))

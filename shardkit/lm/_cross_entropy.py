@@ -43,12 +43,7 @@ class LogitRule(NamedTuple):
     vocab: int | None = None
 
     def apply(self, logits: jax.Array, columns: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of tokens.
-
-        Args:
-          logits: f32[..., columns], the product.
-          columns: i32[columns], their numbers in the table; None for 0, 1, ….
-        """
+        """The logits f32[..., columns] of a product; `columns` are their numbers in the table."""
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.vocab is None:
@@ -57,12 +52,7 @@ class LogitRule(NamedTuple):
         return jnp.where(columns < self.vocab, logits, _NEVER)
 
     def gradient(self, g: jax.Array, logits: jax.Array) -> jax.Array:
-        """Returns the gradient of the product.
-
-        Args:
-          g: f32[..., columns], the gradient of the logits.
-          logits: f32[..., columns], a result of `apply`.
-        """
+        """The gradient of the product from that of logits f32[..., columns], made by `apply`."""
         if self.softcap is None:
             return g
         inner = jnp.maximum(logits, -self.softcap)  # of padding too
@@ -79,20 +69,12 @@ def cross_entropy(
     chunks: int,
     rule: LogitRule = PLAIN,
 ) -> Summary:
-    """Returns each token's logsumexp, label logit and largest logit.
+    """Returns each token's logsumexp, label logit and largest logit, f32[batch, length] each.
 
-    `lse - label` is the loss of a token in nats. The backward pass recomputes the logits chunk by
-    chunk; with one chunk it keeps them instead.
-
-    Args:
-      hidden_BTE: [batch, length, embed].
-      table_EV: [embed, vocab].
-      targets_BT: i32[batch, length], the labels.
-      chunks: number of parts of the vocabulary, a divisor of it.
-      rule: what becomes of the logits.
-
-    Returns:
-      f32[batch, length] three times; no gradient flows through the largest logit.
+    `lse - label` is the loss of a token in nats; no gradient flows through the largest logit. The
+    backward pass recomputes the logits chunk by chunk; with one chunk it keeps them instead. Hidden
+    states are [batch, length, embed], the table [embed, vocab], targets i32[batch, length];
+    `chunks` divides the vocabulary. The rule is what becomes of the logits.
     """
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)

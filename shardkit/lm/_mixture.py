@@ -40,12 +40,9 @@ def mixture(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the weighted sum of the chosen experts, and the sums of `router_statistics`.
 
-    Args:
-      config: the decoder's sizes.
-      weights: `router` [embed, experts]; `expert_gate`, `expert_up` [experts, embed,
-        expert_mlp]; `expert_down` [experts, expert_mlp, embed].
-      h_BTE: normed input of the branch.
-      weights_BT: f32[batch, length], weight of each token in losses; None for 1.
+    The weights are `router` [embed, experts]; `expert_gate`, `expert_up` [experts, embed,
+    expert_mlp]; `expert_down` [experts, expert_mlp, embed]. `h_BTE` is the branch's normed input;
+    `weights_BT` f32[batch, length] weighs each token in losses, None for 1.
     """
     assert config.experts is not None
     with jax.named_scope("router"):

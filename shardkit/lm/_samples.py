@@ -22,25 +22,14 @@ _PROMPTS = 2  # one is an anecdote, and many are not read
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples from the last state of a run.
+    """Samples from the last state of a run."""
 
-    Attributes:
-      tuning: the model, its adapters, and how long a sample is.
-      source: with the tokenizer, and the prompts of examples.
-      strategy: that of the step.
-    """
-
-    tuning: Tuning
-    source: ScoredSource
-    strategy: Strategy
+    tuning: Tuning  # the model, its adapters, and how long a sample is
+    source: ScoredSource  # with the tokenizer, and the prompts of examples
+    strategy: Strategy  # that of the step
 
     def draw(self, step: CompiledStep, params: Params) -> bytes:
-        """Returns what the model writes; b"" without a tokenizer or prompts, or if none is asked.
-
-        Args:
-          step: the compiled step, on whose mesh it is computed.
-          params: `state.params`.
-        """
+        """Returns what the model writes; b"" without tokenizer or prompts, or if none is asked."""
         if not self.tuning.loop.sample:
             return b""
         params = self.tuning.merge(params)

@@ -11,19 +11,12 @@ from ..step import CompiledStep
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """Score of a model on validation text.
+    """Score of a model on validation text."""
 
-    Attributes:
-      unit: what a token is: `byte` or `token`.
-      bits: mean bits per token.
-      scored: number of tokens.
-      bytes_per_token: mean bytes of a validation token; None if only tokens are known.
-    """
-
-    unit: str
-    bits: float
-    scored: int
-    bytes_per_token: float | None
+    unit: str  # what a token is: `byte` or `token`
+    bits: float  # mean bits per token
+    scored: int  # number of tokens
+    bytes_per_token: float | None  # mean bytes of a validation token; None if only tokens are known
 
     @classmethod
     def of(
@@ -78,13 +71,10 @@ def describe_text_metrics(values: Mapping[str, float], unit: str = "byte") -> st
 def measure_bits_per_token(
     step: CompiledStep, state: Any, text: ScoredSource, batches: Iterable[int]
 ) -> tuple[float, int]:
-    """Evaluates the validation batches of these numbers.
+    """Evaluates the validation batches of these numbers: bits per token, and the number of tokens.
 
     The loss of a batch is a mean over its valid tokens. Weighted by their number, the mean over
     batches is the mean over all tokens.
-
-    Returns:
-      Bits per token, and the number of tokens.
     """
     scores: list[tuple[Any, int]] = []
     for i in batches:

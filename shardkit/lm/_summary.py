@@ -49,24 +49,13 @@ class TrainResult:
 
 
 class Summary(Callback):
-    """Scores the last state on the whole validation text, beside compressors, and samples.
-
-    Attributes:
-      result: None before the run has finished.
-    """
+    """Scores the last state on the whole validation text, beside compressors, and samples."""
 
     def __init__(
         self, sampler: Sampler, text: ScoredSource, config: TextTrainConfig, console: Console
     ) -> None:
-        """Declares what is scored.
-
-        Args:
-          sampler: samples from the model.
-          text: with its validation part.
-          config: whether to measure compressors, and whether there is a sample.
-          console: where the scores are shown.
-        """
-        self.result: TrainResult | None = None
+        """Declares what is scored; the config says if compressors are measured and a text drawn."""
+        self.result: TrainResult | None = None  # before the run has finished
         self._sampler, self._text, self._config = sampler, text, config
         self._console = console
 

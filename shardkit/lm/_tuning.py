@@ -42,19 +42,12 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What a run trains, where it starts, and what it leaves.
+    """What a run trains, where it starts, and what it leaves."""
 
-    Attributes:
-      model: the decoder.
-      lora: its adapters; None, or no rank: there are none.
-      pretrained: weights that it starts from; None: drawn ones.
-      loop: with the folders of exports.
-    """
-
-    model: DecoderConfig
-    lora: LoraConfig | None
-    pretrained: Pretrained | None
-    loop: TextTrainConfig
+    model: DecoderConfig  # the decoder
+    lora: LoraConfig | None  # its adapters; None, or no rank: there are none
+    pretrained: Pretrained | None  # weights that it starts from; None: drawn ones
+    loop: TextTrainConfig  # with the folders of exports
 
     @functools.cached_property
     def adapted(self) -> LoraModel | None:

@@ -16,18 +16,12 @@ from ._target import Target, format_example
 
 
 def target_devices(target: Target) -> list[Any]:
-    """Lists the devices of a target.
+    """Lists the devices of a target, in JAX's order.
 
-    Args:
-      target: the machine's own devices, its first n CPU devices, or TPU devices that only
-        the compiler knows.
-
-    Returns:
-      Devices of JAX, in its order.
-
-    Raises:
-      MeshError: this process has fewer CPU devices, the `[tpu]` extra is not installed, the TPU
-        compiler does not know the shape, or the target is a GPU that is not in this process.
+    They are the machine's own devices, its first n CPU devices, or TPU devices that only the
+    compiler knows. Raises MeshError if this process has fewer CPU devices, the `[tpu]` extra is not
+    installed, the TPU compiler does not know the shape, or the target is a GPU that is not in this
+    process.
     """
     if target.kind == "local":
         return jax.devices()
@@ -44,11 +38,7 @@ def target_devices(target: Target) -> list[Any]:
 
 
 def check_devices(devices: Any) -> list[Any]:
-    """Returns the devices that a user chose, in their order.
-
-    Raises:
-      MeshError: one is none, or is there twice.
-    """
+    """Returns the devices that a user chose; raises MeshError if one is none, or is there twice."""
     fix = "build(devices=jax.devices()[:8])"
     if not isinstance(devices, Iterable) or isinstance(devices, str):
         problem = Problem(
@@ -104,19 +94,10 @@ def arrange_devices(
 ) -> Mesh:
     """Lays devices out as a mesh with Auto axis types.
 
-    Args:
-      devices: as many as the sizes multiply to.
-      ici: size of each axis within a slice, in mesh order; no -1.
-      dcn: number of slices along the axes that cross slices.
-      as_given: keep the order of `devices`, row-major, with contiguous blocks of it as slices.
-        Otherwise real devices are ordered by their network.
-
-    Returns:
-      The mesh. An axis of size i within a slice and d across slices has size d x i, with the
-      slices outermost.
-
-    Raises:
-      MeshError: `dcn` differs from the slices or processes that the devices form.
+    An axis of size i within a slice (`ici`) and d across slices (`dcn`) has size d x i, with the
+    slices outermost. `as_given` keeps the order of the devices, row-major, with contiguous blocks
+    of it as slices; otherwise real devices are ordered by their network. Raises MeshError if `dcn`
+    differs from the slices or processes that the devices form.
     """
     inner = tuple(ici.values())
     outer = tuple(dcn.get(axis, 1) for axis in ici)
@@ -162,8 +143,7 @@ def _check_slices(dcn: Mapping[str, int], present: int, *, by_process: bool) -> 
         groups = f"{present} processes" if by_process else f"{present} slices"
         why = f"needs {count(declared, 'slice')}, the devices form {groups}"
         fix = f"dcn sizes with product {present}, or no dcn for one fast network"
-        problem = Problem(f"dcn={dict(dcn)}", why)
-        raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
+        raise MeshError.of("The mesh does not fit its slices.", f"dcn={dict(dcn)}", why, fix)
 
 
 def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
@@ -179,4 +159,4 @@ def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
 
 def _refuse(target: Target, why: str, fix: str) -> NoReturn:
     headline = "The target's devices are not available."
-    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))
+    raise MeshError.of(headline, str(target), why, fix)

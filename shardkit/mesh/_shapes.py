@@ -18,12 +18,7 @@ def mesh_shapes(n_devices: int, axes: Sequence[str]) -> list[dict[str, int]]:
 
 
 def format_fitting_shapes(n_devices: int, near: Mapping[str, int], most: int = 8) -> str:
-    """Returns `8x1, 4x2, 2x4, 1x8`: the shapes that are nearest to sizes that do not fit.
-
-    Args:
-      n_devices: number of devices.
-      near: size of each axis that does not fit.
-      most: number of shapes to list.
+    """Returns `8x1, 4x2, 2x4, 1x8`: the few shapes that are nearest to sizes that do not fit.
 
     >>> format_fitting_shapes(8, {"data": 4, "model": 4})
     '8x1, 4x2, 2x4, 1x8'

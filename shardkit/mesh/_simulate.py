@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import jax
 
-from .._core.errors import MeshError, Problem, count, format_problems
+from .._core.errors import MeshError, count
 
 # Whether the number of devices of this process is final.
 _settled = False
@@ -39,9 +39,7 @@ def settle_devices(n: int | None) -> None:
     """Fixes the devices of this process; later calls of `simulate_devices` do nothing.
 
     A child process that compiles for another target runs the user's program, which may call it.
-
-    Args:
-      n: number of simulated devices; None for a target that needs none.
+    None is for a target that needs no simulated devices.
     """
     global _settled
     if n is not None:
@@ -52,14 +50,7 @@ def settle_devices(n: int | None) -> None:
 def offer_devices(n: int) -> bool:
     """Makes JAX show `n` CPU devices without selecting the CPU: an accelerator stays the default.
 
-    Args:
-      n: number of devices of this process.
-
-    Returns:
-      False if the number of devices was fixed before.
-
-    Raises:
-      MeshError: as `simulate_devices`.
+    Returns False if the number of devices was fixed before. Raises MeshError as `simulate_devices`.
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         _refuse(n, f"{n!r} is not a positive int", "sk.simulate_devices(8)")
@@ -94,5 +85,4 @@ def _check_started(n: int) -> None:
 
 
 def _refuse(n: object, why: str, fix: str) -> NoReturn:
-    problem = Problem(f"simulate_devices({n!r})", why)
-    raise MeshError(format_problems("Devices cannot be simulated.", [problem], fix))
+    raise MeshError.of("Devices cannot be simulated.", f"simulate_devices({n!r})", why, fix)

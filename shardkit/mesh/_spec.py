@@ -79,8 +79,8 @@ class MeshSpec:
         """
         if open_axes := [axis for axis, size in self.sizes if size == -1]:
             why = f"{open_axes[0]}=-1 depends on the number of devices"
-            problem = Problem(repr(self), why, f"give {open_axes[0]} a size, or build() the mesh")
-            raise MeshError(format_problems("The mesh has no sizes yet.", [problem]))
+            fix = f"give {open_axes[0]} a size, or build() the mesh"
+            raise MeshError.of("The mesh has no sizes yet.", repr(self), why, fix)
         return {axis: size * self.dcn.get(axis, 1) for axis, size in self.sizes}
 
     @property
@@ -151,10 +151,9 @@ class MeshSpec:
                 format_problems("The devices are given twice.", [problem], "give one of them")
             )
         if not isinstance(target, str | Target | None):
-            problem = Problem("target", f"is a {type(target).__name__}, not a text such as 'cpu:8'")
-            raise MeshError(
-                format_problems("This is no target.", [problem], "build(devices=[...]) for devices")
-            )
+            why = f"is a {type(target).__name__}, not a text such as 'cpu:8'"
+            fix = "build(devices=[...]) for devices"
+            raise MeshError.of("This is no target.", "target", why, fix)
         parsed = Target.parse(target) if isinstance(target, str) else target or Target("local")
         chosen = target_devices(parsed) if devices is None else check_devices(devices)
         platforms = ", ".join(sorted({device.platform for device in chosen})) or "none"
@@ -173,7 +172,7 @@ class MeshSpec:
                 return self
         why, fixes = self._explain_misfit(n_devices, known, open_axes, present)
         headline = f"The mesh does not fit {count(n_devices, 'device')}."
-        raise MeshError(format_problems(headline, [Problem(repr(self), why)], "; or ".join(fixes)))
+        raise MeshError.of(headline, repr(self), why, "; or ".join(fixes))
 
     def _explain_misfit(
         self, n_devices: int, known: int, open_axes: list[str], present: str

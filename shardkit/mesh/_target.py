@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from .._core.errors import MeshError, Problem, did_you_mean, format_problems
+from .._core.errors import MeshError, did_you_mean
 from ..hardware import CHIPS, Chip, known_chips
 
 _EXAMPLES = "local, cpu:8, tpu:v5p:4x4x4, tpu:v5e:16x16:2, gpu:h100:1x8"
@@ -67,7 +67,7 @@ class Target:
             if shape := _parse_numbers(rest[1], 2, 3):
                 return cls("gpu", rest[0], shape[-2:], shape[0] if len(shape) == 3 else 1)
         why, fix = _explain_fault(text, kind, rest, tpus, gpus)
-        raise MeshError(format_problems("No such target.", [Problem(repr(text), why)], fix))
+        raise MeshError.of("No such target.", repr(text), why, fix)
 
     @property
     def n_devices(self) -> int | None:

@@ -18,15 +18,10 @@ from .pipeline._stage_layout import balanced_sizes
 
 
 def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
-    """Refuses strategies that do not fit each other or the mesh.
+    """Raises one ShardingError for strategies that do not fit each other or the mesh's sizes.
 
-    Args:
-      strategy: the combined strategies.
-      sizes: `{mesh axis: size}`.
-
-    Raises:
-      ShardingError: two strategies for one axis, an axis that the mesh lacks, or state split by
-        ZeRO over an axis that splits no rows; all of them in one message.
+    That is two strategies for one axis, an axis that the mesh lacks, or state split by ZeRO over an
+    axis that splits no rows.
     """
     problems = [
         *_shared_axes(strategy),
@@ -38,17 +33,10 @@ def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
 
 
 def check_axes_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[str]) -> None:
-    """Refuses a mesh axis that no strategy uses, whose devices would repeat the same work.
+    """Raises ShardingError with each mesh axis that no strategy uses, whose devices repeat work.
 
-    For a strategy without `kinds`, such an axis is only a finding of the report.
-
-    Args:
-      strategy: the combined strategies.
-      sizes: `{mesh axis: size}`.
-      used: mesh axes that split some leaf of state or batch.
-
-    Raises:
-      ShardingError: naming each such axis.
+    `used` are the axes that split some leaf of state or batch. For a strategy without `kinds`, such
+    an axis is only a finding of the report.
     """
     named = {kind.axis for kind in strategy.kinds} | set(used)
     named |= {override.axis for _, override in strategy.overrides}
@@ -70,14 +58,9 @@ def check_axes_used(strategy: Strategy, sizes: Mapping[str, int], used: Collecti
 
 
 def check_overrides_called(strategy: Strategy, unreached: Mapping[str, Override]) -> None:
-    """Refuses a model that never calls a part that its strategy overrides.
+    """Raises StepError with each strategy that overrides a part which the model never calls.
 
-    Args:
-      strategy: the combined strategies.
-      unreached: name → override of each part that a trace of the model lacks.
-
-    Raises:
-      StepError: naming each such strategy and the call that it needs.
+    `unreached` has the overrides of the parts that a trace of the model lacks, by name.
     """
     problems = []
     for name, override in unreached.items():
@@ -90,11 +73,9 @@ def check_overrides_called(strategy: Strategy, unreached: Mapping[str, Override]
 
 
 def suggest_options(problems: Sequence[Problem], sizes: Mapping[str, int]) -> list[Problem]:
-    """Adds to problems the options of ready strategies that fix them.
+    """Adds to problems of leaves the options of ready strategies that fix them.
 
-    Args:
-      problems: of leaves; an `Indivisible` names the logical axis of its dim.
-      sizes: `{mesh axis: size}`.
+    An `Indivisible` names the logical axis of its dim.
     """
 
     def suggest(problem: Problem) -> Problem:
@@ -109,9 +90,7 @@ def suggest_options(problems: Sequence[Problem], sizes: Mapping[str, int]) -> li
 def suggest_renames(problems: Sequence[Problem], strategy: Strategy) -> list[Problem]:
     """Replaces the fix of a logical axis that the tables of a ready strategy do not list.
 
-    Args:
-      problems: of leaves; an `UnlistedAxis` has the name.
-      strategy: that lists other names; without kinds its tables are the user's own.
+    An `UnlistedAxis` has the name. A strategy without kinds has tables of the user's own.
     """
     known = ", ".join(strategy.logical_axes)
 

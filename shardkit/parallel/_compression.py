@@ -56,13 +56,8 @@ def compressed_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over a mesh axis, inside `shard_map`.
 
-    Args:
-      x: f32[N], one device's part of the sum.
-      error: f32[N], this device's rounding error so far.
-      compression: axis and block.
-
-    Returns:
-      The sum, f32[N], equal on all devices of the axis; and this device's new rounding error.
+    `x` f32[N] is one device's part, `error` f32[N] its rounding error so far. Returns the sum,
+    f32[N], equal on all devices of the axis; and this device's new rounding error.
     """
     axis, block = compression.axis, compression.block
     n, size = jax.lax.axis_size(axis), x.shape[0]

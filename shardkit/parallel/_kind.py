@@ -45,10 +45,7 @@ def all_reduce_bytes(n: int, size: float) -> float:
 def spare_share(row: LedgerRow, rows: Sequence[LedgerRow], least: float) -> float:
     """The share beyond a minimum of what all collectives of a row's sort send together.
 
-    Args:
-      row: one of them.
-      rows: all collectives over the axis.
-      least: bytes that those of its sort must send.
+    `least` is bytes that those of its sort must send.
     """
     sent = sum(other.wire_bytes for other in rows if other.kind == row.kind)
     return max(0.0, 1 - least / sent) if sent else 0.0

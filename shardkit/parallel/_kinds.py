@@ -87,11 +87,6 @@ def infer_kinds(
     An axis that splits the batch is data parallelism if parameters are whole over it, ZeRO if their
     optimizer state is split over it, and FSDP if the parameters themselves are. What an axis that
     splits no batch does depends on the model's products, so it gets no kind.
-
-    Args:
-      sizes: mesh axis → size.
-      leaves: the arguments of the step.
-      kinds: those that the strategy names.
     """
     named = {kind.axis for kind in kinds}
     inferred = []

@@ -67,10 +67,7 @@ def check_strategy(strategy: str, axis: object, problems: Iterable[Problem] = ()
 
 
 def choice_problems(**options: tuple[object, Iterable[str]]) -> list[Problem]:
-    """Returns a problem for each option that is none of its choices.
-
-    Args:
-      **options: `name=(value, choices)`.
+    """Returns a problem for each option `name=(value, choices)` that is none of its choices.
 
     >>> choice_problems(attention=("rings", ("ring", "all_to_all")))[0].fix
     "attention='ring'"

@@ -129,8 +129,7 @@ class Strategy:
     def __or__(self, other: "Strategy") -> "Strategy":
         """Combines two layouts: each logical name over the axes of both, options from either.
 
-        Raises:
-          StepError: both decide the same parameters, or give one option two values.
+        Raises StepError if both decide the same parameters, or give one option two values.
         """
         if not isinstance(other, Strategy):
             problem = Problem(f"| {other!r}", "is not a strategy", "| strategies.data()")

@@ -40,11 +40,6 @@ class Zero:
         are summed once; else to the dim with most elements on a device. If the axis divides no dim,
         the parameter keeps its spec.
 
-        Args:
-          leaf: the parameter.
-          spec: its own spec, resolved.
-          sizes: `{mesh axis: size}`.
-
         >>> import numpy as np
         >>> up = Leaf("up", (2, 8, 16), np.dtype("float32"), ("layers", "embed", "mlp"))
         >>> Zero("data").spec(up, PartitionSpec(None, None, "tensor"), {"data": 2, "tensor": 4})
@@ -69,11 +64,7 @@ def update_specs(
 ) -> dict[str, PartitionSpec]:
     """Returns, by path, the spec that each parameter's update is split by: its own without ZeRO.
 
-    Args:
-      zero: the declaration, or None.
-      params: the parameters.
-      specs: their own specs by path; a parameter without one is left out.
-      sizes: `{mesh axis: size}`.
+    A parameter without a spec of its own is left out.
     """
     return {
         leaf.path: zero.spec(leaf, specs[leaf.path], sizes) if zero else specs[leaf.path]

@@ -32,19 +32,13 @@ _ROUNDING = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class ErrorLimits:
-    """The range of thresholds, in multiples of one rounding of the compute dtype (f32: 1.2e-7).
+    """The range of thresholds, in multiples of one rounding of the compute dtype (f32: 1.2e-7)."""
 
-    Attributes:
-      min_threshold: where no noise was measured: 8 roundings.
-      max_threshold: however large the noise: 84 roundings, 1e-5 in f32.
-      max_after_steps: the same after steps of the declared optimizer, and for a scalar (a metric,
-        an evaluation) whose noise is above 1 %. Adam divides a gradient by
-        its own magnitude, so an element that is zero up to rounding moves by the whole learning
-        rate.
-    """
-
-    min_threshold: float
-    max_threshold: float
+    min_threshold: float  # where no noise was measured: 8 roundings
+    max_threshold: float  # however large the noise: 84 roundings, 1e-5 in f32
+    # the same after steps of the declared optimizer, and for a scalar (a metric, an evaluation)
+    # whose noise is above 1 %. Adam divides a gradient by its own magnitude, so an element that is
+    # zero up to rounding moves by the whole learning rate.
     max_after_steps: float
 
     @classmethod
@@ -125,14 +119,10 @@ def compare_with_reference(
     noise_records: Sequence[Record],
     limits: ErrorLimits,
 ) -> list[ParityRow]:
-    """Builds the rows of one mesh.
+    """Builds the rows of one mesh, named as text.
 
-    Args:
-      mesh: its axes and sizes, as text.
-      observed: from the mesh.
-      reference: from one device.
-      noise_records: from one device, with every parameter nudged by one rounding.
-      limits: of the compute dtype.
+    The records are from one device: the reference, and some with every parameter nudged by one
+    rounding.
     """
     record = observed.record
     unequal = find_unequal_leaves(record[INIT], reference[INIT])

@@ -22,13 +22,8 @@ Specs = dict[str, PartitionSpec]
 def resolve_declared_specs(spec: StepSpec, mesh: Mesh, state: TrainState) -> Specs:
     """Resolves the rules of a spec for every leaf of a state and of its batch.
 
-    Args:
-      spec: rules and batch.
-      mesh: the device mesh.
-      state: only its paths, shapes and dtypes are read.
-
-    Returns:
-      Specs by `params/…`, `opt_state/…`, `model_state/…`, `batch/…`, `step`, `key` and `halted`.
+    Of the state only paths, shapes and dtypes are read. Returns specs by `params/…`, `opt_state/…`,
+    `model_state/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
     with around_init(mesh):
@@ -75,13 +70,9 @@ def _collect_axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
 def find_misplaced_leaves(
     tree: PyTree, specs: Specs, mesh: Mesh, when: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (path, why) of each leaf with a shard that is not where its spec puts it.
+    """Yields (path, why) of each live array with a shard that is not where its spec puts it.
 
-    Args:
-      tree: live arrays; paths are those of `specs`.
-      specs: from `resolve_declared_specs`.
-      mesh: the device mesh.
-      when: at what time the arrays were read, for the message.
+    The message says `when` the arrays were read.
     """
     process = jax.process_index()
     for path, x in leaves_by_path(tree).items():

@@ -50,12 +50,7 @@ _BY_CHECK = (
 
 
 def find_likely_cause(step: CompiledStep, rows: Sequence[ParityRow]) -> str:
-    """Returns the likely kind of fault, or "" if every check passed.
-
-    Args:
-      step: on the mesh that the rows are of.
-      rows: its rows of the parity report.
-    """
+    """Returns the likely kind of fault in a step's rows, or "" if every check passed."""
     failed = {row.check: row for row in rows if not row.ok}
     if not failed:
         return ""

@@ -35,21 +35,15 @@ _COMPILES = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a step computed on one mesh.
+    """What a step computed on one mesh."""
 
-    Attributes:
-      record: arrays by check.
-      misplaced_leaves: (path, why) of leaves that are not where the rules put them.
-      differing_copies: (path, why) of leaves whose copies differ between devices.
-      later_calls: calls of the step after the first.
-      later_compiles: programs that these calls compiled.
-    """
-
-    record: Record
+    record: Record  # arrays by check
+    # (path, why) of leaves that are not where the rules put them
     misplaced_leaves: tuple[tuple[str, str], ...]
+    # (path, why) of leaves whose copies differ between devices
     differing_copies: tuple[tuple[str, str], ...]
-    later_calls: int
-    later_compiles: int
+    later_calls: int  # calls of the step after the first
+    later_compiles: int  # programs that these calls compiled
 
 
 def observe(
@@ -58,14 +52,9 @@ def observe(
     sgd: optax.GradientTransformation,
     checks: Collection[str] = OWN_PROGRAM,
 ) -> Observation:
-    """Runs a step on its mesh.
+    """Runs a step on its mesh, with `sgd` for the one SGD update.
 
-    Args:
-      step: compiled for the mesh.
-      inputs: batches, number of steps and key.
-      sgd: optimizer of the one SGD update.
-      checks: which of the checks that compile a program of their own to run; the others always
-        run.
+    Of the checks that compile a program of their own, only `checks` run; the others always do.
     """
     state = step.init(inputs.key)
     specs = resolve_declared_specs(step.spec, step.mesh, state)

@@ -33,17 +33,11 @@ _LOOKUPS = ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min"
 
 @dataclasses.dataclass(frozen=True)
 class _Ids:
-    """What a value is known to hold.
+    """What a value is known to hold."""
 
-    Attributes:
-      leaf: batch leaf whose integers it holds; None if it is `arange(length)`.
-      length: of the `arange`.
-      column: of the last dim of index tuples, where it is one of several columns.
-    """
-
-    leaf: str | None
-    length: int = 0
-    column: int = 0
+    leaf: str | None  # batch leaf whose integers it holds; None if it is `arange(length)`
+    length: int = 0  # of the `arange`
+    column: int = 0  # of the last dim of index tuples, where it is one of several columns
 
 
 _Known = dict[Any, tuple[_Ids, ...]]

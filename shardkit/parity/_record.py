@@ -37,17 +37,11 @@ OWN_PROGRAM = (GRADIENTS, SGD, EVALUATE)
 
 @dataclasses.dataclass(frozen=True)
 class ParityInputs:
-    """What the reference and every mesh run on.
+    """What the reference and every mesh run on."""
 
-    Attributes:
-      batches: host batches; step t uses number t modulo `len(batches)`.
-      steps: updates with the declared optimizer.
-      key: typed PRNG key[] of the initial state.
-    """
-
-    batches: Sequence[Batch]
-    steps: int
-    key: Key
+    batches: Sequence[Batch]  # host batches; step t uses number t modulo `len(batches)`
+    steps: int  # updates with the declared optimizer
+    key: Key  # typed PRNG key[] of the initial state
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -102,11 +96,8 @@ def clipped_sgd(params: Leaves, grads: Leaves) -> optax.GradientTransformation:
 
     Adam hides a gradient of the wrong scale; SGD does not. The clip, at half of the gradient's
     norm, needs the norm over all devices. With |params| = 10 and |grads| = 4: the clip is 2, the
-    rate 0.1 * 10 / 2 = 0.5, and the update has norm 1, large enough to show an error in f32.
-
-    Args:
-      params: of the first state of the reference.
-      grads: of its first step; not all zero.
+    rate 0.1 * 10 / 2 = 0.5, and the update has norm 1, large enough to show an error in f32. Both
+    are those of the reference's first step; gradients are not all zero.
     """
     clip = global_norm(grads) / 2
     return optax.chain(

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from .._core.errors import Problem, VerificationError, first_line, format_problems
+from .._core.errors import VerificationError, first_line
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats, policy_dtype
@@ -106,13 +106,7 @@ class Reference:
     def run(
         self, inputs: ParityInputs, start: ReferenceState, sgd: optax.GradientTransformation
     ) -> Record:
-        """Records every check of the parity report.
-
-        Args:
-          inputs: batches and number of steps.
-          start: the first state, perhaps nudged.
-          sgd: optimizer of the one SGD update.
-        """
+        """Records every check of the parity report, from a first state that is perhaps nudged."""
         batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
         trained = self._trained(start.params)
@@ -303,8 +297,7 @@ class Reference:
 def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a user's function without the caller's mesh and without its own constraints.
 
-    Raises (when it is called):
-      VerificationError: the function maps over devices of its own choice.
+    When called, it raises VerificationError if the function maps over devices of its own choice.
     """
     compiled = on_any_mesh(jax.jit(without_constraints(function)))
 
@@ -319,9 +312,8 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             why = f"names devices of its own, which one device is not: {first_line(error)}"
             fix = "jax.shard_map(...) without mesh=; or sk.verify(make_step, ...), make_step(mesh)"
-            problem = Problem("the model", why)
             headline = "The reference cannot run."
-            raise VerificationError(format_problems(headline, [problem], fix)) from error
+            raise VerificationError.of(headline, "the model", why, fix) from error
 
     return run
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.errors import Problem, VerificationError, count, format_problems
+from .._core.errors import VerificationError, count
 from .._core.row_dims import RowDims
 from .._core.tree import short_dtype
 from ..rules import format_mesh
@@ -34,14 +34,8 @@ class ReferenceResults:
     ) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
 
-        Args:
-          spec: of the step.
-          device: that it runs on.
-          inputs: that it runs on.
-          row_dims: see `Reference`.
-
-        Raises:
-          VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
+        For `row_dims` see `Reference`. Raises VerificationError if the loss or its gradient is not
+        finite, or the gradient is all zero.
         """
         self.spec, self.inputs = spec, inputs
         reference = Reference(spec, device, row_dims)
@@ -62,9 +56,7 @@ class ReferenceResults:
     def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
         """Runs a step on the same inputs and compares.
 
-        Args:
-          step: compiled for some mesh.
-          checks: which of the checks that compile a program of their own to run.
+        Of the checks that compile a program of their own, only `checks` run.
         """
         mesh = format_mesh(step.mesh.shape)
         observed = observe(step, self.inputs, self._sgd, checks)
@@ -92,4 +84,4 @@ def _check_usable(metrics: Any) -> None:
     )
     fix = "verify(..., batches=[...]) with batches that the loss can use"
     headline = "The reference cannot be compared with."
-    raise VerificationError(format_problems(headline, [Problem("batches", why, fix)]))
+    raise VerificationError.of(headline, "batches", why, fix)

@@ -19,11 +19,7 @@ class RowPowers:
     """Powers of the rows with which results grow: 0 of means of rows, 1 of sums over them."""
 
     def __init__(self, parts: int) -> None:
-        """Knows nothing yet.
-
-        Args:
-          parts: micro-batches.
-        """
+        """Takes the number of micro-batches; knows nothing yet."""
         self._parts = parts
         # None where a total was 0, which no number of rows changes: another batch may tell.
         self._powers: dict[str, int | None] = {}
@@ -32,11 +28,6 @@ class RowPowers:
         """Finds the powers that no batch has told yet; what is known of a loss stays.
 
         Compares the rows of one part with the same rows so often that they fill the batch.
-
-        Args:
-          run: `rows → {name: (total, weight)}`.
-          batch: of all rows.
-          dims: of its leaves.
         """
         counts, parts = count_rows(batch, dims), self._parts
         known = self._powers and None not in self._powers.values()

@@ -15,19 +15,13 @@ _TILE = 512  # the widest tile of logits that attention across devices computes 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCosts:
-    """Costs of one `sk.nn.attention`, forward or backward.
+    """Costs of one `sk.nn.attention`, forward or backward."""
 
-    Attributes:
-      exchanges: kind, mesh axes and payload of each.
-      flops: of its products, on all devices.
-      bytes_moved: bytes written and read, without q, k and v.
-      scratch: bytes that it holds while it runs.
-    """
-
+    # kind, mesh axes and payload of each
     exchanges: tuple[tuple[str, frozenset[str], SymbolicBytes], ...]
-    flops: float
-    bytes_moved: SymbolicBytes
-    scratch: SymbolicBytes
+    flops: float  # of its products, on all devices
+    bytes_moved: SymbolicBytes  # bytes written and read, without q, k and v
+    scratch: SymbolicBytes  # bytes that it holds while it runs
 
 
 def attention_costs(
@@ -39,15 +33,10 @@ def attention_costs(
     shardings: Sequence[SymbolicSharding],
     width: float,
 ) -> AttentionCosts:
-    """Costs an attention whose operands begin with q, k and v.
+    """Costs the `method` of an attention; `shapes` and `shardings` are those of q and k.
 
-    Args:
-      name: of the operation, forward or backward.
-      causal: whether half of the logits are hidden.
-      method: `"ring"` or `"all_to_all"`.
-      shapes: of q and k.
-      shardings: of q and k.
-      width: bytes of an element.
+    `name` says whether it is forward or backward; `width` is bytes of an element. Of causal
+    attention half of the logits are hidden.
     """
     (q_BTNH, k_BSKH), (q, k) = shapes, shardings
     backward, axes = name == ATTENTION_BACKWARD, frozenset(q.dims[1])

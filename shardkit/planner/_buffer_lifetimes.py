@@ -7,15 +7,11 @@ from ._symbolic_sharding import SymbolicBytes, add_bytes
 
 
 class BufferLifetimes:
-    """Buffers, from the operation that writes each to the last one that reads it.
-
-    Attributes:
-      at: index of the operation under way.
-    """
+    """Buffers, from the operation that writes each to the last one that reads it."""
 
     def __init__(self, flat: FlatProgram) -> None:
         self.flat = flat
-        self.at = 0
+        self.at = 0  # index of the operation under way
         self._roots: dict[int, frozenset[Hashable]] = {}  # value → buffers it is computed from
         self._written: dict[Hashable, tuple[int, SymbolicBytes]] = {}
         self._last_read: dict[Hashable, int] = {}
@@ -70,9 +66,8 @@ class BufferLifetimes:
     def live_bytes(self, returned: int) -> list[SymbolicBytes]:
         """Bytes alive while each operation runs, without the program's arguments.
 
-        Args:
-          returned: how many of the results live to the end; a loop writes the others to their
-            places in stacked arrays as soon as they are computed.
+        The first `returned` results live to the end; a loop writes the others to their places in
+        stacked arrays as soon as they are computed.
         """
         last = len(self.flat.ops)
         for number in self.flat.outputs[:returned]:

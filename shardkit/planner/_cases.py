@@ -18,21 +18,13 @@ _ONE_BATCH = Accumulate()
 
 @dataclasses.dataclass(frozen=True)
 class PlannedCase:
-    """One layout, without its remat policy.
+    """One layout, without its remat policy."""
 
-    Attributes:
-      sizes: size of each mesh axis.
-      batching: micro-batches, or the pipeline's schedule.
-      zero: ZeRO stage.
-      attention: method of attention along a split length.
-      state_bytes: exact bytes; None where the layout is not legal.
-    """
-
-    sizes: Mapping[str, int]
-    batching: Batching = _ONE_BATCH
-    zero: int = 0
-    attention: str = ""
-    state_bytes: StateBytes | None = None
+    sizes: Mapping[str, int]  # size of each mesh axis
+    batching: Batching = _ONE_BATCH  # micro-batches, or the pipeline's schedule
+    zero: int = 0  # ZeRO stage
+    attention: str = ""  # method of attention along a split length
+    state_bytes: StateBytes | None = None  # exact bytes; None where the layout is not legal
 
     @property
     def is_staged(self) -> bool:
@@ -66,14 +58,9 @@ def estimate_cases(
     machine: Machine,
     batch_scale: float = 1.0,
 ) -> list[Candidate]:
-    """Estimates layouts that share the symbolic costs of one step.
+    """Estimates layouts that share the symbolic costs of a step under a remat policy.
 
-    Args:
-      costs: of the loss and gradient under `remat`.
-      remat: the policy.
-      cases: all in stages, or none.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
+    All are in stages, or none. Costs are as if the batch had `batch_scale` times its rows.
     """
     waits = np.zeros(len(cases))
     staged = [(c.sizes, c.batching) for c in cases if isinstance(c.batching, PipelineOptions)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,12 @@ def compile_best(
         options = {"global_batch": global_batch, "timeout": timeout}
         done.append(_compile_candidate(candidate, source, plan.target, **options))
     figures = [(c, c.compiled) for c in done if c.compiled]
-    fit = sorted((pair for pair in figures if pair[1]["margin"] >= 0), key=_compiled_seconds)
+    fit = [pair for pair in figures if pair[1]["margin"] >= 0]
+    fit.sort(key=lambda pair: pair[1]["seconds"])
     over = [c for c, compiled in figures if compiled["margin"] < 0]
     failed = [c for c in done if c.failed]
     rows = (*(c for c, _ in fit), *plan.rows[number:], *failed)
     return dataclasses.replace(plan, rows=rows, tight=(*over, *plan.tight))
-
-
-def _compiled_seconds(pair: tuple[Candidate, Mapping[str, Any]]) -> float:
-    return pair[1]["seconds"]
 
 
 def _compile_candidate(
@@ -95,18 +92,10 @@ def compile_layout(
     timeout: float = 1800.0,
     precision: str = "",
 ) -> Report:
-    """Compiles a config under a layout for a target.
+    """Compiles a config under a layout, `Candidate.declaration`, for a target.
 
-    Args:
-      code: `Candidate.declaration`.
-      source: the config file.
-      target: the devices.
-      global_batch: rows, if they are not the config's.
-      timeout: seconds.
-      precision: named dtype policy, if it is not the config's.
-
-    Raises:
-      ShardkitError: the layout is not legal, or was not compiled.
+    Rows and named dtype policy are the config's unless given; the timeout is in seconds. Raises
+    ShardkitError if the layout is not legal, or was not compiled.
     """
     text = _CONFIG.format(
         name=str(Path(source.name).resolve()) if source.name else None,

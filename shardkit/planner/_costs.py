@@ -32,45 +32,28 @@ class ProgramSite:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective.
+    """A collective."""
 
-    Attributes:
-      kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `swap`.
-      axes: mesh axes that it runs over.
-      payload: bytes (V of the ledger).
-      site: where it runs.
-      is_gradient: whether it reduces the gradient of a parameter, which happens once per step
-        where micro-batches are reduced together.
-      is_param: whether it gathers a parameter.
-    """
-
-    kind: str
-    axes: frozenset[str]
-    payload: SymbolicBytes
-    site: ProgramSite
+    kind: str  # `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `swap`
+    axes: frozenset[str]  # mesh axes that it runs over
+    payload: SymbolicBytes  # bytes (V of the ledger)
+    site: ProgramSite  # where it runs
+    # whether it reduces the gradient of a parameter, which happens once per step where
+    # micro-batches are reduced together
     is_gradient: bool = False
-    is_param: bool = False
+    is_param: bool = False  # whether it gathers a parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """A product, or a write of 0 FLOPs.
+    """A product, or a write of 0 FLOPs."""
 
-    Attributes:
-      name: of the operation.
-      flops: on all devices.
-      split: axes that divide the FLOPs.
-      bytes_moved: bytes read and written.
-      site: where it runs.
-      dims: those of a product of matrices.
-    """
-
-    name: str
-    flops: float
-    split: frozenset[str]
-    bytes_moved: SymbolicBytes
-    site: ProgramSite
-    dims: MatmulDims = ()
+    name: str  # of the operation
+    flops: float  # on all devices
+    split: frozenset[str]  # axes that divide the FLOPs
+    bytes_moved: SymbolicBytes  # bytes read and written
+    site: ProgramSite  # where it runs
+    dims: MatmulDims = ()  # those of a product of matrices
 
 
 @dataclasses.dataclass

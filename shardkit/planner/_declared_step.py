@@ -102,11 +102,7 @@ def estimate_step(
 def _check_modelled(
     spec: StepSpec, model: TracedModel, kinds: Sequence[Kind], sizes: Mapping[str, int]
 ) -> Batching:
-    """Refuses kinds that the model does not cover; returns the spec's batching.
-
-    Raises:
-      NotImplementedError: with the first of them.
-    """
+    """Returns a spec's batching; raises NotImplementedError for the first kind not modelled."""
     # Kinds that override regions have formulae, and these are written for one axis.
     covered = {(kind.name, kind.axis) for kind in known_kinds()}
     other = [
@@ -127,8 +123,7 @@ def _check_modelled(
 def _pipeline_of(spec: StepSpec) -> PipelineOptions:
     """The pipeline of a spec, whose micro-batches are all of its accumulation.
 
-    Raises:
-      NotImplementedError: micro-batches around those of the pipeline, or uneven stages.
+    Micro-batches around those of the pipeline, or uneven stages, raise a NotImplementedError.
     """
     override: Any = dict(spec.strategy.overrides)["layer_stack"]
     if spec.accumulate.micro_batches > 1:

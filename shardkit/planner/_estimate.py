@@ -20,17 +20,11 @@ from ._trace import StepCosts
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices, as estimates assume them.
+    """The devices, as estimates assume them."""
 
-    Attributes:
-      network: links and chip.
-      dtype: of the products.
-      overlap: share of communication that compute hides.
-    """
-
-    network: Network
-    dtype: str
-    overlap: float = 0.0
+    network: Network  # links and chip
+    dtype: str  # of the products
+    overlap: float = 0.0  # share of communication that compute hides
 
     @classmethod
     def of(
@@ -75,21 +69,13 @@ MeshBatching = tuple[Mapping[str, int], Accumulate]
 
 @dataclasses.dataclass(frozen=True)
 class Estimates:
-    """Estimates of many cases: f64[cases] each.
+    """Estimates of many cases: f64[cases] each."""
 
-    Attributes:
-      temp: peak bytes alive, without the arguments.
-      compute: seconds of products, each at the peak or at the memory's speed.
-      memory: seconds of other memory traffic.
-      wire: mesh axes → bytes one device sends per step.
-      communication: mesh axes → seconds on the links.
-    """
-
-    temp: np.ndarray
-    compute: np.ndarray
-    memory: np.ndarray
-    wire: Mapping[tuple[str, ...], np.ndarray]
-    communication: Mapping[tuple[str, ...], np.ndarray]
+    temp: np.ndarray  # peak bytes alive, without the arguments
+    compute: np.ndarray  # seconds of products, each at the peak or at the memory's speed
+    memory: np.ndarray  # seconds of other memory traffic
+    wire: Mapping[tuple[str, ...], np.ndarray]  # mesh axes → bytes one device sends per step
+    communication: Mapping[tuple[str, ...], np.ndarray]  # mesh axes → seconds on the links
 
     def seconds(self, overlap: float) -> np.ndarray:
         """Seconds of a step."""
@@ -107,12 +93,8 @@ def estimate(
 ) -> Estimates:
     """Evaluates the costs of a step on every mesh with its accumulation, all of them at once.
 
-    Args:
-      costs: of one loss and gradient.
-      cases: `{axis: size}` and micro-batches, each.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
-      unreduced: bytes of each case's gradients in f32, unreduced over rows.
+    They are as if the batch had `batch_scale` times its rows. `unreduced` are bytes of each case's
+    gradients in f32, unreduced over rows.
     """
     shards = ShardCounts(cases, batch_scale)
     k = shards.micro_batches
@@ -199,17 +181,11 @@ def cost_collectives(
 
 
 class ShardCounts:
-    """Number of shards that sets of axes make, for every case.
-
-    Attributes:
-      cases: `{axis: size}` and micro-batches, each.
-      micro_batches: f64[cases].
-      reduces_once: bool[cases], whether gradients are reduced after the last micro-batch.
-      sizes: mesh axis, or the axis of micro-batches → f64[cases].
-    """
+    """Number of shards that sets of axes make, for every case."""
 
     def __init__(self, cases: Sequence[MeshBatching], batch_scale: float) -> None:
         self.cases = cases
+        # f64[cases], bool[cases], and mesh axis, or that of micro-batches → f64[cases].
         self.micro_batches = np.array([float(a.micro_batches) for _, a in cases])
         self.reduces_once = np.array([a.reduce == "end" for _, a in cases])
         self.sizes = {a: np.array([float(m[a]) for m, _ in cases]) for a in cases[0][0]}

@@ -14,11 +14,7 @@ from ._search import SearchResult
 
 
 def raise_no_layout(target: Target, result: SearchResult, tight: Sequence[Candidate]) -> NoReturn:
-    """Raises why no layout is left, and the smallest change that helps.
-
-    Raises:
-      MeshError: always.
-    """
+    """Raises MeshError: why no layout is left, and the smallest change that helps."""
     problems = [
         Problem(example, f"{n} layouts: {why}") for why, (n, example) in result.rejected.items()
     ]

@@ -20,17 +20,11 @@ WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The links of a target.
+    """The links of a target."""
 
-    Attributes:
-      chip: the device.
-      torus: chips along each dim of one slice; () for GPUs.
-      slices: slices joined by the slower network.
-    """
-
-    chip: Chip
-    torus: tuple[int, ...] = ()
-    slices: int = 1
+    chip: Chip  # the device
+    torus: tuple[int, ...] = ()  # chips along each dim of one slice; () for GPUs
+    slices: int = 1  # slices joined by the slower network
 
     @classmethod
     def of(cls, target: Target, chips: Iterable[Chip] = ()) -> "Network":

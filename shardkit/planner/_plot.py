@@ -25,17 +25,10 @@ def plot_front(
     front: Sequence[Candidate],
     caption: str,
 ) -> Path:
-    """Draws layouts by their modelled time and memory into a file.
+    """Draws layouts by their modelled time and memory into a `.png` or `.svg` file.
 
-    Args:
-      out: `.png` or `.svg`.
-      rows: layouts that fit.
-      tight: layouts that do not.
-      front: the Pareto front of both, the fastest first.
-      caption: where the figures are from.
-
-    Raises:
-      ConfigError: the file cannot be written, or matplotlib is missing.
+    `rows` fit and `tight` do not; `front` is the Pareto front of both, the fastest first. A
+    ConfigError says that the file cannot be written, or that matplotlib is missing.
     """
     check_figure_path(out, code=_CODE)
     with figure_file(out, _CODE) as part:

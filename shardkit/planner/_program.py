@@ -31,42 +31,25 @@ _OPAQUE = {"shard_map", "pallas_call", "ffi_call", "pure_callback", "io_callback
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One operation.
+    """One operation."""
 
-    Attributes:
-      name: of its primitive.
-      params: those of the primitive.
-      ins: numbers of the values it reads; None for a literal.
-      outs: numbers of the values it computes.
-      body: the program that a loop repeats.
-      trips: number of times that it does.
-    """
-
-    name: str
-    params: Mapping[str, Any]
-    ins: tuple[int | None, ...]
-    outs: tuple[int, ...]
-    body: "FlatProgram | None" = None
-    trips: int = 1
+    name: str  # of its primitive
+    params: Mapping[str, Any]  # those of the primitive
+    ins: tuple[int | None, ...]  # numbers of the values it reads; None for a literal
+    outs: tuple[int, ...]  # numbers of the values it computes
+    body: "FlatProgram | None" = None  # the program that a loop repeats
+    trips: int = 1  # number of times that it does
 
 
 @dataclasses.dataclass(frozen=True)
 class FlatProgram:
-    """A program as operations in order, its values numbered.
+    """A program as operations in order, its values numbered."""
 
-    Attributes:
-      ops: the operations.
-      inputs: numbers of the arguments.
-      outputs: numbers of the results; None for a literal.
-      avals: number → abstract array of every value, those of inner bodies too.
-      problems: operations that cannot be read.
-    """
-
-    ops: tuple[Op, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int | None, ...]
-    avals: Mapping[int, Any]
-    problems: tuple[str, ...] = ()
+    ops: tuple[Op, ...]  # the operations
+    inputs: tuple[int, ...]  # numbers of the arguments
+    outputs: tuple[int | None, ...]  # numbers of the results; None for a literal
+    avals: Mapping[int, Any]  # number → abstract array of every value, those of inner bodies too
+    problems: tuple[str, ...] = ()  # operations that cannot be read
 
 
 def flatten_jaxpr(closed: ClosedJaxpr) -> FlatProgram:

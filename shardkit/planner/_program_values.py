@@ -20,15 +20,7 @@ from ._symbolic_sharding import (
 
 
 class ProgramValues:
-    """Shardings and buffers of a program's values; what a use of them sends goes to a log.
-
-    Attributes:
-      flat: the program.
-      shardings: number of a value → its sharding, of those computed so far.
-      required: number of a value → the layout that it must have in the end.
-      lifetimes: buffers.
-      readers: number of a value → operations that read it.
-    """
+    """Shardings and buffers of a program's values; what a use of them sends goes to a log."""
 
     def __init__(
         self,
@@ -40,6 +32,7 @@ class ProgramValues:
         loops: frozenset[str],
     ) -> None:
         self.flat, self.costs = flat, costs
+        # By number of a value: the shardings computed so far, and layouts of the end.
         self.shardings: dict[int, SymbolicSharding] = {}
         self.required: Mapping[int, Dims] = {}
         self.lifetimes = BufferLifetimes(flat)
@@ -54,12 +47,10 @@ class ProgramValues:
     def sharding_of(
         self, number: int | None, *, keep_partial: bool = False, reader: Op | None = None
     ) -> SymbolicSharding:
-        """Sharding of an operand; a partial sum is reduced first.
+        """Sharding of an operand, None for a literal.
 
-        Args:
-          number: of the value; None for a literal.
-          keep_partial: whether a partial sum stays one.
-          reader: operation that reads it, whose own layout decides where the sum is scattered.
+        A partial sum is reduced first, unless `keep_partial`. The layout of the operation that
+        reads it decides where the sum is scattered.
         """
         if number is None:
             return replicated(0)

@@ -40,18 +40,12 @@ LiveBytes = list[SymbolicBytes]
 
 @dataclasses.dataclass
 class Propagator:
-    """Propagates shardings through programs and logs what they cost.
+    """Propagates shardings through programs and logs what they cost."""
 
-    Attributes:
-      resolve: logical names and shape → the mesh axes that split each dim.
-      tile_width: elements to which a device's memory fills one dim of a value; 1 for none.
-      attention: method of attention along a split length.
-      costs: collectives, products and writes found.
-    """
-
-    resolve: Resolve
-    tile_width: int = 1
-    attention: str = ""
+    resolve: Resolve  # logical names and shape → the mesh axes that split each dim
+    tile_width: int = 1  # elements to which a device's memory fills one dim of a value; 1 for none
+    attention: str = ""  # method of attention along a split length
+    # collectives, products and writes found
     costs: CostLog = dataclasses.field(default_factory=CostLog)
 
     def run(
@@ -64,18 +58,11 @@ class Propagator:
         loops: frozenset[str] = frozenset(),
         returned: int | None = None,
     ) -> tuple[list[SymbolicSharding], LiveBytes]:
-        """Propagates through a program.
+        """Propagates through a program that is executed `trips` times per micro-batch.
 
-        Args:
-          flat: the program.
-          ins: shardings of its arguments.
-          required: layouts that results must have.
-          trips: executions of the program per micro-batch.
-          loops: axes that divide the trips.
-          returned: number of results that live to the end; all by default.
-
-        Returns:
-          The sharding of each result, and the bytes alive at each operation.
+        Results must have the `required` layouts. Axes in `loops` divide the trips. `returned`
+        results, by default all, live to the end. Returns the sharding of each result, and the bytes
+        alive at each operation.
         """
         values = ProgramValues(
             flat, self.costs, tile_width=self.tile_width, trips=trips, loops=loops

@@ -36,19 +36,14 @@ _forward_p.multiple_results = _backward_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True)
 class MarkedRegions:
-    """Regions that a loss marks, each distinct one once.
+    """Regions that a loss marks, each distinct one once."""
 
-    Attributes:
-      layers: number of layers of a `sk.nn.layer_stack`.
-      attention: (length, heads, key heads) of a `sk.nn.attention`.
-      experts: (number, whether bounded by capacity) of a `sk.nn.experts`.
-      error: why the loss could not be traced.
-    """
-
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # number of layers of a `sk.nn.layer_stack`
+    # (length, heads, key heads) of a `sk.nn.attention`
     attention: tuple[tuple[int, int, int], ...] = ()
+    # (number, whether bounded by capacity) of a `sk.nn.experts`
     experts: tuple[tuple[int, bool], ...] = ()
-    error: str = ""
+    error: str = ""  # why the loss could not be traced
 
     @classmethod
     def of(cls, jaxpr: Jaxpr) -> "MarkedRegions":
@@ -123,8 +118,7 @@ class MarkedRegions:
 def probe_regions(attention: bool = True) -> AbstractContextManager[Any]:
     """Makes a loss record its regions while it is traced, and mark where experts' slots change.
 
-    Args:
-      attention: whether attention is traced as one operation.
+    Attention is then traced as one operation, if asked for.
     """
     overrides: dict[str, Override] = {"experts": _ExpertProbe("plan")}
     if attention:

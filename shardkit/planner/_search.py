@@ -22,19 +22,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class SearchResult:
-    """The candidates of a search, and the reason of every layout that it left out.
+    """The candidates of a search, and the reason of every layout that it left out."""
 
-    Attributes:
-      candidates: legal layouts, estimated.
-      rejected: reason → number of layouts, and an example.
-      considered: number of layouts, legal or not.
-      problems: what could not be costed.
-    """
-
+    # legal layouts, estimated
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    # reason → number of layouts, and an example
     rejected: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
-    considered: int = 0
-    problems: tuple[str, ...] = ()
+    considered: int = 0  # number of layouts, legal or not
+    problems: tuple[str, ...] = ()  # what could not be costed
 
     def reject(self, reason: str, example: str, number: int = 1) -> None:
         """Counts layouts that are not legal."""
@@ -45,17 +40,11 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Layouts that share the symbolic costs of one step, under one remat policy.
+    """Layouts that share the symbolic costs of one step, under one remat policy."""
 
-    Attributes:
-      zero: ZeRO stage.
-      attention: method of attention along a split length.
-      staged: whether layers are split over stages.
-    """
-
-    zero: int
-    attention: str
-    staged: bool
+    zero: int  # ZeRO stage
+    attention: str  # method of attention along a split length
+    staged: bool  # whether layers are split over stages
 
     @classmethod
     def of(cls, candidate: Candidate) -> "Family":
@@ -75,22 +64,15 @@ class Family:
 
 @dataclasses.dataclass
 class Search:
-    """A search for one model on one target.
+    """A search for one model on one target."""
 
-    Attributes:
-      resolver: the traced spec, and the exact bytes of its layouts.
-      space: the options.
-      machine: the devices.
-      devices: number of devices.
-      only: remat policies and families that are searched; None for all.
-      costs: remat policy and family → symbolic costs, or why the loss cannot be traced.
-    """
-
-    resolver: StateBytesResolver
-    space: SearchSpace
-    machine: Machine
-    devices: int
+    resolver: StateBytesResolver  # the traced spec, and the exact bytes of its layouts
+    space: SearchSpace  # the options
+    machine: Machine  # the devices
+    devices: int  # number of devices
+    # remat policies and families that are searched; None for all
     only: frozenset[tuple[str, Family]] | None = None
+    # remat policy and family → symbolic costs, or why the loss cannot be traced
     costs: dict[tuple[str, Family], StepCosts | str] = dataclasses.field(default_factory=dict)
     _regions: MarkedRegions | None = None
 
@@ -168,11 +150,9 @@ class Search:
         return (costs for costs in self.costs.values() if isinstance(costs, StepCosts))
 
     def with_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
-        """The same search for rows of another length; None where the batch has no such dim.
+        """The same search for rows `factor` times as long; None where the batch has no such dim.
 
-        Args:
-          factor: how many times the length.
-          like: candidates whose families are searched, since each is traced anew.
+        Only families of the candidates `like` are searched, since each is traced anew.
         """
         model = self.resolver.model.with_length(self.lengths, factor)
         if model is None:

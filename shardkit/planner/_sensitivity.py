@@ -69,12 +69,8 @@ def find_sensitivity(
 ) -> tuple[tuple[tuple[str, str, float], ...], tuple[str, ...]]:
     """The layout that wins with another batch, another length or other links.
 
-    Args:
-      search: the search, after its run.
-      front: its Pareto front; other lengths are searched only in the families of these layouts.
-
-    Returns:
-      (what changes, the layout that then wins, its seconds); and where no layout is left, why.
+    Other lengths are searched only in the families of the Pareto front. Returns (what changes, the
+    layout that then wins, its seconds); and where no layout is left, why.
     """
     winners, no_winner = [], []
     for what, changed, scale in _variations(search, front):

@@ -14,10 +14,7 @@ from ._costs import LENGTH, PIPE
 
 
 def searched_axes(experts: bool = False) -> tuple[str, ...]:
-    """Mesh axes that a plan searches over by default, in mesh order.
-
-    Args:
-      experts: whether the model has experts to divide.
+    """Mesh axes that a plan searches by default, in mesh order; with `experts` also theirs.
 
     >>> searched_axes()
     ('pipe', 'data', 'fsdp', 'context', 'tensor')
@@ -197,13 +194,8 @@ def format_layout(
 ) -> str:
     """A layout as code: its mesh, strategy, micro-batches and remat.
 
-    Args:
-      sizes: size of each mesh axis.
-      batching: micro-batches, or the pipeline's schedule.
-      remat: checkpoint policy.
-      zero: ZeRO stage.
-      attention: method of attention along a split length.
-      like: a strategy of this layout, with the logical names that the spec renames.
+    `attention` is the method along a split length. A strategy of this layout has the logical names
+    that the spec renames.
     """
     mesh = ", ".join(f"{axis}={sizes[axis]}" for axis in split_axes(sizes))
     pipeline = batching if isinstance(batching, PipelineOptions) else None

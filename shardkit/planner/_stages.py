@@ -33,23 +33,14 @@ _BY_AXES = dict[tuple[str, ...], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class TickRoles:
-    """A tick table as the distinct roles that stages have in a tick.
+    """A tick table as the distinct roles that stages have in a tick."""
 
-    Attributes:
-      shares: f64[roles, phases], share of each phase of the program that a role executes.
-      run_locally: the roles of a tick → number of ticks with just these.
-      mean: f64[phases], executions of each phase by a stage, on the average.
-      exchanges: ticks after which something is sent.
-      messages: messages that one stage sends, on the average.
-      slots: messages that a stage keeps at once.
-    """
-
-    shares: np.ndarray
-    at_once: Mapping[frozenset[int], int]
-    mean: np.ndarray
-    exchanges: int
-    messages: float
-    slots: int
+    shares: np.ndarray  # f64[roles, phases], share of each phase of the program that a role runs
+    at_once: Mapping[frozenset[int], int]  # the roles of a tick → number of ticks with just these
+    mean: np.ndarray  # f64[phases], executions of each phase by a stage, on the average
+    exchanges: int  # ticks after which something is sent
+    messages: float  # that one stage sends, on the average
+    slots: int  # messages that a stage keeps at once
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,15 +111,8 @@ def estimate_stages(
 ) -> tuple[Estimates, np.ndarray]:
     """Evaluates the costs of a step on every mesh with its pipeline, all of them at once.
 
-    Args:
-      costs: of one loss and gradient.
-      cases: `{axis: size}` and pipeline, each.
-      exact: exact bytes of each.
-      machine: the devices.
-      batch_scale: as if the batch had so many times its rows.
-
-    Returns:
-      The estimates, and the seconds in which a stage waits for others: f64[cases].
+    They are as if the batch had `batch_scale` times its rows. Returns the estimates, and the
+    seconds in which a stage waits for others: f64[cases].
     """
     batchings = [(sizes, Accumulate(p.micro_batches)) for sizes, p in cases]
     shards = ShardCounts(batchings, batch_scale)

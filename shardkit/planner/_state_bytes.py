@@ -22,35 +22,21 @@ _GRADIENT_BYTES = 4  # gradients accumulate in f32
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Exact bytes of one device on one mesh.
+    """Exact bytes of one device on one mesh."""
 
-    Attributes:
-      state: parameters, optimizer state, model_state, counter and key.
-      batch: its share of the batch.
-      unreduced: its gradients in f32, unreduced over rows, as one reduction per step needs them.
-      reduced: its gradients in f32, sharded as the parameters are.
-      outside_stages: part of `unreduced` that no stage of a pipeline has for itself.
-      update_gather: bytes it sends to gather the parameters that it updated in parts.
-      strategy: of the layout, without options of its attention and pipeline.
-    """
-
-    state: int
-    batch: int
+    state: int  # parameters, optimizer state, model_state, counter and key
+    batch: int  # its share of the batch
+    # its gradients in f32, unreduced over rows, as one reduction per step needs them
     unreduced: int
-    reduced: int
-    outside_stages: int
-    update_gather: float
-    strategy: Strategy
+    reduced: int  # its gradients in f32, sharded as the parameters are
+    outside_stages: int  # part of `unreduced` that no stage of a pipeline has for itself
+    update_gather: float  # bytes it sends to gather the parameters that it updated in parts
+    strategy: Strategy  # of the layout, without options of its attention and pipeline
 
     def extra_sends(
         self, sizes: Mapping[str, int], batch_scale: float = 1.0
     ) -> Iterator[tuple[str, float]]:
-        """Mesh axis and bytes of each kind that sends what no propagation by axis names finds.
-
-        Args:
-          sizes: size of each mesh axis.
-          batch_scale: as if the batch had so many times its rows.
-        """
+        """Mesh axis and bytes of each kind that sends what no propagation by axis names finds."""
         device = DeviceBytes(sizes, self.batch * batch_scale, self.reduced, self.update_gather)
         for kind in self.strategy.kinds:
             if sizes.get(kind.axis, 1) > 1 and (sent := kind.extra_bytes(device)):

@@ -27,17 +27,12 @@ SymbolicBytes = dict[frozenset[str], float]
 
 @dataclasses.dataclass(frozen=True)
 class SymbolicSharding:
-    """Sharding of one value.
+    """Sharding of one value."""
 
-    Attributes:
-      dims: mesh axes that split each dim.
-      partial: mesh axes over which it is a partial sum, not yet reduced.
-      is_param: whether it is sharded as a parameter is, and gathered where it is used.
-    """
-
-    dims: tuple[Axes, ...]
+    dims: tuple[Axes, ...]  # mesh axes that split each dim
+    # mesh axes over which it is a partial sum, not yet reduced
     partial: frozenset[str] = frozenset()
-    is_param: bool = False
+    is_param: bool = False  # whether it is sharded as a parameter is, and gathered where it is used
 
     @property
     def axes(self) -> frozenset[str]:

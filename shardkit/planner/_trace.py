@@ -49,16 +49,11 @@ from ._symbolic_sharding import (
 
 @dataclasses.dataclass(frozen=True)
 class TracedModel:
-    """The parts of a spec that do not depend on a mesh, traced once.
+    """The parts of a spec that do not depend on a mesh, traced once."""
 
-    Attributes:
-      spec: loss, optimizer, init, batch, precision.
-      abstract: the state's shapes and the parameters' logical axes.
-      programs: (remat policy, whether attention is one operation) → gradient, once traced.
-    """
-
-    spec: StepSpec
-    abstract: AbstractState
+    spec: StepSpec  # loss, optimizer, init, batch, precision
+    abstract: AbstractState  # the state's shapes and the parameters' logical axes
+    # (remat policy, whether attention is one operation) → gradient, once traced
     programs: dict[tuple[str, bool], FlatProgram] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -67,14 +62,10 @@ class TracedModel:
         return cls(spec, on_any_mesh(abstract_state)(spec))
 
     def with_length(self, lengths: Container[int], factor: float) -> "TracedModel | None":
-        """The same model for rows of another length.
+        """The same model for rows of another length; None where the batch has no such dim.
 
-        Args:
-          lengths: sizes of the dims that the model names `length`.
-          factor: by which dims of the batch of these sizes grow, its rows excepted.
-
-        Returns:
-          The model; None where the batch has no such dim.
+        Dims of the batch, but its rows, grow by `factor` if their size is one of `lengths`: the
+        sizes of the dims that the model names `length`.
         """
 
         def resize(x: Any, row_dim: int | None) -> jax.ShapeDtypeStruct:
@@ -101,11 +92,7 @@ class TracedModel:
         return self.spec.precision.compute_dtypes(self.abstract[0].params).main
 
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
-        """Resolves every rule of a strategy on a mesh of these sizes.
-
-        Raises:
-          ShardingError: with everything that does not fit.
-        """
+        """Resolves every rule of a strategy on a mesh; raises ShardingError with all that fails."""
         return resolve_layout(
             self.spec,
             abstract_mesh(sizes),
@@ -117,9 +104,7 @@ class TracedModel:
     def program(self, remat: str, probed: bool = False) -> FlatProgram:
         """The gradient of the loss under a remat policy, for the whole batch at once.
 
-        Args:
-          remat: the policy.
-          probed: whether attention is one operation, as where its length is split.
+        It is `probed` to have attention as one operation, as where its length is split.
         """
         if (remat, probed) not in self.programs:
             with probe_regions(attention=probed):
@@ -168,19 +153,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Costs of one loss and gradient, symbolic in the sizes of the mesh axes.
+    """Costs of one loss and gradient, symbolic in the sizes of the mesh axes."""
 
-    Attributes:
-      log: collectives, products and writes of one micro-batch.
-      live_bytes: the distinct sums of bytes alive at an operation.
-      problems: what could not be costed.
-      lengths: sizes of the dims that the model names `length`.
-    """
-
-    log: CostLog
-    live_bytes: list[SymbolicBytes]
-    problems: tuple[str, ...]
-    lengths: frozenset[int]
+    log: CostLog  # collectives, products and writes of one micro-batch
+    live_bytes: list[SymbolicBytes]  # the distinct sums of bytes alive at an operation
+    problems: tuple[str, ...]  # what could not be costed
+    lengths: frozenset[int]  # sizes of the dims that the model names `length`
 
 
 def propagate_step(
@@ -193,12 +171,8 @@ def propagate_step(
 ) -> StepCosts:
     """Propagates a strategy through a traced gradient, for any size of its axes.
 
-    Args:
-      flat: the program.
-      layout: shardings of its arguments and gradients.
-      strategy: its activation rule names the axes of constraints.
-      tile_width: see `Propagator`.
-      attention: method of attention along a split length.
+    The layout has the shardings of its arguments and gradients; for `tile_width` and `attention`
+    see `Propagator`.
     """
     state, shardings = layout.state, layout.shardings
     ins = _symbolic(shardings.params, state.params, is_param=True)

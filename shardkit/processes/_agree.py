@@ -10,10 +10,9 @@ _SHOWN = 60
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a message that lists the facts that differ, or "".
+    """Returns a message that lists the facts, of each process, that differ, or "".
 
-    Args:
-      facts: `{name: value}` of each process; values may be nested mappings.
+    Values may be nested.
 
     >>> print(differences([{"seed": 0, "jax": "a"}, {"seed": 1, "jax": "a"}, {"seed": 0}]))
     3 processes do not agree on 2 values.

@@ -164,21 +164,19 @@ def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks that the environment names a cluster completely, or none.
+    """Raises ProcessError unless the environment names a cluster completely, or none.
 
-    Raises:
-      ProcessError: lists every variable that is missing or contradicts another. JAX would ignore
-        it, and each process would train alone.
+    It lists every variable that is missing or contradicts another. JAX would ignore it, and each
+    process would train alone.
     """
     problems = [*_numbers_problems(environment), *_incomplete(environment)]
     raise_all(ProcessError, "The environment names half a cluster.", problems)
 
 
 def check_port(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks in process 0 that the port of `JAX_COORDINATOR_ADDRESS` is free.
+    """Raises ProcessError in process 0 if the port of `JAX_COORDINATOR_ADDRESS` is taken.
 
-    Raises:
-      ProcessError: another program listens there; JAX would end by a segmentation fault.
+    JAX would end by a segmentation fault.
     """
     address = environment.get(_ADDRESS)
     if address is None or process_of_cluster(environment)[0] != 0:

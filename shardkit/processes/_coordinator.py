@@ -43,36 +43,24 @@ def _check(message: Message) -> None:
 
 @dataclasses.dataclass
 class _Member:
-    """State of one process, as last reported.
+    """State of one process, as last reported."""
 
-    Attributes:
-      stream: connection to it.
-      step: last update that it dispatched.
-      events: number of events of its loop; every process has the same ones in the same order.
-    """
-
-    stream: MessageStream
-    step: int = 0
+    stream: MessageStream  # connection to it
+    step: int = 0  # last update that it dispatched
+    # number of events of its loop; every process has the same ones in the same order
     events: int = 0
 
 
 class Coordinator:
-    """Collects the reports of all processes, and tells all of them when one cannot continue.
-
-    Attributes:
-      stream: process 0's own end of its connection.
-    """
+    """Collects the reports of all processes, and tells all of them when one cannot continue."""
 
     def __init__(
         self, listener: socket.socket | None, count: int, token: str, patience: float
     ) -> None:
         """Starts the thread.
 
-        Args:
-          listener: socket that the other processes connect to; None if there are none.
-          count: number of processes.
-          token: secret that a connection must present.
-          patience: seconds that the first process of a `gather` waits for the last.
+        The listener is None if there are no other processes; a connection must present the secret
+        token. The first process of a `gather` waits `patience` seconds for the last.
         """
         self._listener, self._count = listener, count
         self._token, self._patience = token, patience
@@ -88,7 +76,7 @@ class Coordinator:
         self._closing = False
         end, other_end = socket.socketpair()
         self._accept(end)
-        self.stream = MessageStream(other_end)
+        self.stream = MessageStream(other_end)  # process 0's own end of its connection
         self._thread = threading.Thread(target=self._run, name="shardkit-coordinator", daemon=True)
         self._thread.start()
 

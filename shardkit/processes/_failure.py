@@ -15,22 +15,15 @@ CONNECTION_CLOSED = "killed, or cut off: its connection has closed"
 class Failure:
     """The failure of one process, which ends all of them.
 
-    Attributes:
-      process: number of the process.
-      count: number of processes.
-      step: last update that it reported to have dispatched; 0 for none.
-      cause: what happened to it.
-      stuck: whether it is alive and makes no progress.
-
     >>> print(Failure(1, 2, 7, "ValueError: no such row"))
     process 1 of 2, step 7: ValueError: no such row
     """
 
-    process: int
-    count: int
-    step: int
-    cause: str
-    stuck: bool = False
+    process: int  # number of the process
+    count: int  # number of processes
+    step: int  # last update that it reported to have dispatched; 0 for none
+    cause: str  # what happened to it
+    stuck: bool = False  # whether it is alive and makes no progress
 
     def __str__(self) -> str:
         where = f"step {self.step}" if self.step else "before its first step"

@@ -70,20 +70,13 @@ def _check(command: Sequence[str], processes: int, devices: int | None) -> None:
 
 @dataclasses.dataclass
 class _Child:
-    """A process that was started.
+    """A process that was started."""
 
-    Attributes:
-      index: its number.
-      process: handle of the operating system.
-      control: connection on which it reports its step and its end.
-      step: last update that it reported.
-      delayed: lines of its standard error that are not shown yet, each with its arrival time.
-    """
-
-    index: int
-    process: subprocess.Popen[bytes]
-    control: MessageStream
-    step: int = 0
+    index: int  # its number
+    process: subprocess.Popen[bytes]  # handle of the operating system
+    control: MessageStream  # connection on which it reports its step and its end
+    step: int = 0  # last update that it reported
+    # lines of its standard error that are not shown yet, each with its arrival time
     delayed: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
 
     def close(self) -> None:

@@ -11,27 +11,17 @@ VARIABLE = "SHARDKIT_PROCESS"
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """What the launcher passes to a process that it starts.
+    """What the launcher passes to a process that it starts."""
 
-    Attributes:
-      index: number of the process.
-      count: number of processes.
-      jax_coordinator: `host:port` of JAX's coordination service.
-      coordinator: `host:port` of shardkit's `Coordinator`.
-      token: secret to present there.
-      control: descriptor of a socket to the launcher; it closes when the launcher is gone.
-      listener: descriptor of the socket that listens at `coordinator`, in process 0.
-      devices: simulated devices of each process, or None if the program decides.
-    """
-
-    index: int
-    count: int
-    jax_coordinator: str
-    coordinator: str
-    token: str
-    control: int
+    index: int  # number of the process
+    count: int  # number of processes
+    jax_coordinator: str  # `host:port` of JAX's coordination service
+    coordinator: str  # `host:port` of shardkit's `Coordinator`
+    token: str  # secret to present there
+    control: int  # descriptor of a socket to the launcher; it closes when the launcher is gone
+    # descriptor of the socket that listens at `coordinator`, in process 0
     listener: int | None = None
-    devices: int | None = None
+    devices: int | None = None  # simulated devices of each process, or None if the program decides
 
     def to_text(self) -> str:
         """Returns the text for the environment."""

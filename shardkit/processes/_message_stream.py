@@ -27,10 +27,8 @@ class MessageStream:
     ) -> None:
         """Takes ownership of a connected socket.
 
-        Args:
-          connected: the socket.
-          token: what the other end must present first; None for one that is known.
-          limit: bytes of the longest message that is read; None for no limit.
+        The other end must present the token first, if any; `limit` is bytes of the longest message
+        that is read.
         """
         self._socket, self._incomplete, self._sending = connected, bytearray(), threading.Lock()
         self._awaited = None if token is None else token.encode()
@@ -58,11 +56,7 @@ class MessageStream:
         return self._awaited is None
 
     def receive(self) -> list[Message]:
-        """Waits for bytes, and returns the messages that are complete, possibly none.
-
-        Raises:
-          Closed: no further message will come.
-        """
+        """Waits for bytes; returns complete messages, possibly none; Closed if none will come."""
         try:
             received = self._socket.recv(2**16)
         except OSError as error:
@@ -103,11 +97,7 @@ class MessageStream:
 
 
 def connect(address: str, timeout: float) -> MessageStream:
-    """Connects to `host:port`.
-
-    Raises:
-      OSError: no process listens there.
-    """
+    """Connects to `host:port`; raises OSError where no process listens."""
     host, _, port = address.rpartition(":")
     connected = socket.create_connection((host, int(port)), timeout)
     connected.settimeout(None)

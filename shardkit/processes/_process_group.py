@@ -296,11 +296,9 @@ class ProcessGroup:
         os._exit(code)
 
     def _announce(self, failure: Failure, code: int) -> None:
-        """Writes the failure to standard error and to the launcher, once.
+        """Writes any process's failure to standard error and to the launcher, once.
 
-        Args:
-          failure: of this process or of another one.
-          code: with which this process exits, unless the launcher has to kill it.
+        The process exits with `code`, unless the launcher has to kill it.
         """
         with self._changed:
             if self.failure is not None:

@@ -27,13 +27,10 @@ class RollCall:
     def __init__(
         self, index: int, count: int, seconds: float, environment: Mapping[str, str] = os.environ
     ) -> None:
-        """Opens the socket. Without one, as where no variable says the address, nobody is named.
+        """Opens the socket.
 
-        Args:
-          index: number of this process.
-          count: number of processes.
-          seconds: that the block waits, for the message.
-          environment: with the variables of a cluster.
+        Without one, as where no variable says the address, nobody is named. The message says for
+        how many `seconds` the block waits.
         """
         self._index, self._count, self._seconds = index, count, seconds
         self._environment = environment

@@ -53,11 +53,7 @@ class Budget:
     findings: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks that limits are numbers and that keys have a known form.
-
-        Raises:
-          ReportError: it lists every field that fails.
-        """
+        """Raises ReportError with every limit that is no number and key of unknown form."""
         wrong = list(_find_malformed(self))
         fix = "sk.Budget(memory_bytes=16 * 2**30, wire_bytes={'data': 2**20}, compiles=1)"
         raise_all(ReportError, "The budget cannot be read.", wrong, fix)

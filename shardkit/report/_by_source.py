@@ -129,15 +129,15 @@ class BySource(Sequence[SourceCost]):
 
 
 def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySource:
-    """Groups the wire bytes of a ledger by source line.
+    """Groups the wire bytes of a ledger by source line; the sum over all lines is `ledger.total()`.
 
-    The bytes of a collective that combines arrays of several lines are divided among them in
-    proportion to the arrays. The sum over all lines is `ledger.total()`.
+    A collective of arrays of several lines is divided among them in proportion to the arrays.
     """
     lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
     for row, share in zip(ledger, named_shares(ledger, findings), strict=True):
         for source, part in _divide_row(row):
-            key = (source.file, source.line) if source else (_name_unknown(row), 0)
+            unknown = OPTIMIZER if row.phase == "update" else UNKNOWN
+            key = (source.file, source.line) if source else (unknown, 0)
             lines.setdefault(key, []).append((source, part, part.bytes * share))
     costs = []
     for (name, _), found in lines.items():
@@ -166,7 +166,3 @@ def _divide_row(row: LedgerRow) -> Iterator[tuple[Source | None, SourcePart]]:
         end = row.wire_bytes * passed // sum(sizes) if passed < sum(sizes) else row.wire_bytes
         yield source, SourcePart(row, tuple(numbers), end - counted)
         counted = end
-
-
-def _name_unknown(row: LedgerRow) -> str:
-    return OPTIMIZER if row.phase == "update" else UNKNOWN

@@ -145,7 +145,7 @@ def compare(before: ReportData, after: ReportData) -> Comparison:
     """
     return Comparison(
         target=tuple(_compare_targets(before, after)),
-        headlines=_drop_equal(_compare_headlines(before, after)),
+        headlines=_drop_equal(Change(name, f(before), f(after), u) for name, f, u in _HEADLINES),
         new=_findings_only_in(after, before),
         gone=_findings_only_in(before, after),
         details=_drop_equal(_compare_details(before, after)),
@@ -189,11 +189,6 @@ def _format_layout(layout: LeafLayout | None) -> str:
         dims.pop()
     shape = ",".join(map(str, layout.shape))
     return f"{layout.dtype}[{shape}] P({', '.join(map(repr, dims))})"
-
-
-def _compare_headlines(before: ReportData, after: ReportData) -> Iterator[Change]:
-    for name, figure, unit in _HEADLINES:
-        yield Change(name, figure(before), figure(after), unit)
 
 
 _HEADLINES: tuple[tuple[str, Callable[[ReportData], float | None], str], ...] = (

@@ -117,11 +117,7 @@ def _check_plain(kind: Any, value: Any) -> Any:
 def _build(
     kind: type[Any], readers: Mapping[str, Callable[[Any], Any]], fields: Mapping[str, Any]
 ) -> Any:
-    """Makes a dataclass; fields that it does not have come from a newer shardkit.
-
-    Raises:
-      ReportError: a field is missing, or is not the number or the text that it should be.
-    """
+    """Makes a dataclass of fields, or raises ReportError; ignores those of a newer shardkit."""
     values = {}
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2

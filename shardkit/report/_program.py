@@ -146,21 +146,13 @@ class LeafLayout:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledBytes:
-    """What the compiler says one device needs, in bytes; None where it does not say.
+    """What the compiler says one device needs, in bytes; None where it does not say."""
 
-    Attributes:
-      argument: inputs.
-      output: outputs.
-      alias: outputs that reuse an input's buffer.
-      temp: everything else that is alive at once.
-      peak: the compiler's own peak, where it has one.
-    """
-
-    argument: int | None = None
-    output: int | None = None
-    alias: int | None = None
-    temp: int | None = None
-    peak: int | None = None
+    argument: int | None = None  # inputs
+    output: int | None = None  # outputs
+    alias: int | None = None  # outputs that reuse an input's buffer
+    temp: int | None = None  # everything else that is alive at once
+    peak: int | None = None  # the compiler's own peak, where it has one
 
     @classmethod
     def of(cls, stats: Any) -> "CompiledBytes":
@@ -340,11 +332,8 @@ class Program:
     ) -> int:
         """Bytes of one device's shards of the parameters that an axis splits, or does not split.
 
-        Args:
-          axis: a mesh axis.
-          dtype: XLA's name of a dtype to count floats as; None: each in its own.
-          split: which of the two.
-          trained: whether to leave out frozen ones, which have no gradients.
+        Floats count as XLA's name of a dtype; None: each in its own. `trained` leaves out frozen
+        parameters, which have no gradients.
         """
         return sum(
             leaf.device_bytes(self.sizes, dtype)

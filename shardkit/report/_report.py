@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from .._core.errors import Problem, ReportError, format_problems
+from .._core.errors import ReportError
 from .._core.io._files import local_path
 from .._core.io._outputs import write_output
 from ._budget import Budget, check
@@ -90,8 +90,8 @@ class Report(ReportData):
         """
         if self.timeline is None:
             why = f"{self.device_kind or self.platform} is not in the hardware table"
-            problem = Problem("timeline", why, 'step.report(chip="v5p").to_trace(path)')
-            raise ReportError(format_problems("No time is modelled.", [problem]))
+            fix = 'step.report(chip="v5p").to_trace(path)'
+            raise ReportError.of("No time is modelled.", "timeline", why, fix)
         file = local_path(path, ReportError, "The trace cannot be written.")
         write_output(file, to_trace(self.timeline, self.mesh_text))
         return file

@@ -199,15 +199,9 @@ def check_batch(
     specs: Mapping[str, PartitionSpec],
     mesh: Mapping[str, int] | HasShape,
 ) -> list[Problem]:
-    """Lists what keeps a batch from being split as declared; dim 0 counts its rows.
+    """Lists each failure to split a global batch by the specs of its paths; dim 0 counts its rows.
 
-    Args:
-      leaves: the leaves of the global batch.
-      specs: the spec of each leaf by path.
-      mesh: the mesh, or `{axis: size}`.
-
-    Returns:
-      One problem per failure.
+    The mesh may be `{axis: size}`.
     """
     sizes = mesh_sizes(mesh)
     problems = [p for leaf in leaves for p in check_spec(leaf, specs[leaf.path], sizes, "batch")]

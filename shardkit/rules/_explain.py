@@ -135,12 +135,8 @@ def list_named_leaves(
 ) -> list[Leaf]:
     """Lists a pytree's leaves with the logical axes that `WithAxes` boxes or `axes` give them.
 
-    Args:
-      tree: pytree of arrays, `jax.ShapeDtypeStruct`, or `WithAxes` ones.
-      axes: logical axes by path, for leaves that are not `WithAxes`.
-
-    Raises:
-      TreeError: two leaves have the same path.
+    Leaves are arrays or `jax.ShapeDtypeStruct`; `axes` are by path. Raises TreeError if two leaves
+    have the same path.
     """
     leaves = []
     for path, x in leaves_by_path(tree, is_leaf=lambda x: isinstance(x, WithAxes)).items():

@@ -27,25 +27,16 @@ class Unmatched(Problem):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How one leaf got its spec, or why it has none.
+    """How one leaf got its spec, or why it has none."""
 
-    Attributes:
-      leaf: the leaf.
-      spec: its spec in normal form; None if there are problems.
-      source: the rule that decided; "" if none did.
-      won: index of that rule and the keys of its entries; None if none decided.
-      passed: why each rule before it passed, in order.
-      why: the rule's reason for its spec, or "".
-      problems: what keeps the leaf from being laid out.
-    """
-
-    leaf: Leaf
-    spec: PartitionSpec | None
-    source: str = ""
+    leaf: Leaf  # the leaf
+    spec: PartitionSpec | None  # its spec in normal form; None if there are problems
+    source: str = ""  # the rule that decided; "" if none did
+    # index of that rule and the keys of its entries; None if none decided
     won: tuple[int, tuple[str, ...]] | None = None
-    passed: tuple[str, ...] = ()
-    why: str = ""
-    problems: tuple[Problem, ...] = ()
+    passed: tuple[str, ...] = ()  # why each rule before it passed, in order
+    why: str = ""  # the rule's reason for its spec, or ""
+    problems: tuple[Problem, ...] = ()  # what keeps the leaf from being laid out
 
 
 def place_leaf(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:

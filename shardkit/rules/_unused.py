@@ -10,19 +10,13 @@ from ._rule import Entry, Rule, list_rules
 
 @dataclasses.dataclass(frozen=True)
 class DeadEntry:
-    """An entry that decides no leaf.
+    """An entry that decides no leaf."""
 
-    Attributes:
-      entry: the glob or the logical axis.
-      matched: number of leaves that it matches.
-      by: sources of the rules that decided these leaves; () if it matches none.
-      nearest: a did-you-mean if it matches none, or "".
-    """
-
-    entry: Entry
-    matched: int
+    entry: Entry  # the glob or the logical axis
+    matched: int  # number of leaves that it matches
+    # sources of the rules that decided these leaves; () if it matches none
     by: tuple[str, ...] = ()
-    nearest: str = ""
+    nearest: str = ""  # a did-you-mean if it matches none, or ""
 
     def __str__(self) -> str:
         if not self.matched:
@@ -34,11 +28,7 @@ class DeadEntry:
 
 
 def find_dead_entries(rule: Rule, rows: Sequence[Placement]) -> list[DeadEntry]:
-    """Lists the entries of a rule that decide no leaf.
-
-    Args:
-      rule: the rule.
-      rows: how it placed every leaf; see `place_leaf`.
+    """Lists the entries of a rule that decide no leaf, from how `place_leaf` placed every one.
 
     >>> import numpy as np
     >>> from jax.sharding import PartitionSpec as P

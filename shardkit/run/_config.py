@@ -121,8 +121,7 @@ class TrainConfig:
 def parse_check(text: str) -> float:
     """Parses `train.check`: updates between two self checks, infinite for `first`, 0 for `off`.
 
-    Raises:
-      ConfigError: the text is none of `off`, `first` and `every N`.
+    Raises ConfigError if the text is none of `off`, `first` and `every N`.
 
     >>> parse_check("first"), parse_check("every 100"), parse_check("off")
     (inf, 100.0, 0.0)
@@ -164,16 +163,7 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
 
 
 def check_profile(text: str | None, steps: int, start: int) -> None:
-    """Refuses a range of updates that a resumed run has already made.
-
-    Args:
-      text: `first:last`, or None for no trace.
-      steps: updates of the whole run.
-      start: updates that the run has made already.
-
-    Raises:
-      ConfigError: naming the update from which the run resumes.
-    """
+    """Raises ConfigError for a range of updates that a run resumed after `start` has made."""
     if text is not None and parse_profile(text, steps)[1] <= start:
         why = f"is over: the run resumes from update {start}."
         fix = f"--profile {_example_range(start, steps)}, or train.resume=never"
@@ -185,5 +175,4 @@ def _example_range(start: int, steps: int) -> str:
 
 
 def _profile_error(text: str, why: str, fix: str) -> ConfigError:
-    problem = Problem(f"profile={text}", why, fix)
-    return ConfigError(format_problems("These updates cannot be traced.", [problem]))
+    return ConfigError.of("These updates cannot be traced.", f"profile={text}", why, fix)

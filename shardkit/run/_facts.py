@@ -56,18 +56,10 @@ _OF_FIRST_PROCESS = ("loggers", "profile")
 def agree_on_run(
     process_group: ProcessGroup, config: TrainConfig, **declared: Any
 ) -> dict[str, Any]:
-    """Raises in all processes, before anything is compiled, unless they declare the same run.
+    """Raises ProcessError in all processes, before anything is compiled, unless runs are equal.
 
-    Args:
-      process_group: this process among those that run together.
-      config: of the run.
-      **declared: what else must be the same, as plain values.
-
-    Returns:
-      Seed, flags, environment and versions.
-
-    Raises:
-      ProcessError: with each difference.
+    `declared` is what else must be the same, as plain values. Returns seed, flags, environment and
+    versions.
     """
     variables = {name: os.environ.get(name, "") for name in _VARIABLES}
     variables["XLA_FLAGS"] = " ".join(_IGNORED_XLA_FLAGS.sub("", variables["XLA_FLAGS"]).split())
@@ -92,18 +84,10 @@ def _flags(names: Sequence[str]) -> dict[str, str]:
 def agree_on_step(
     process_group: ProcessGroup, step: CompiledStep, saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Raises in all processes, before the first update, unless they compiled the same program.
+    """Raises ProcessError in all processes, before the first update, unless programs are equal.
 
-    Args:
-      process_group: this process among those that run together.
-      step: as it was compiled.
-      saved: facts of the checkpoint that the run resumes from, if any.
-
-    Returns:
-      What the step was declared of, see `facts_of_step`.
-
-    Raises:
-      ProcessError: with each difference.
+    `saved` are the facts of the checkpoint that the run resumes from, if any. Returns what the step
+    was declared of, see `facts_of_step`.
     """
     mesh, program, facts = dict(step.mesh.shape), step.program.digest, facts_of_step(step, saved)
     process_group.agree("step", mesh=mesh, program=program, **facts)
@@ -111,11 +95,7 @@ def agree_on_step(
 
 
 def agree_on_state(process_group: ProcessGroup, state: Any) -> None:
-    """Raises in all processes unless their copies of the first state are equal, bit for bit.
-
-    Raises:
-      ProcessError: with the fingerprints of each leaf that differs.
-    """
+    """Raises ProcessError in all processes, with fingerprints, unless their states are equal."""
     if process_group.count > 1:
         sums = jax.device_get(compute_fingerprints(leaves_by_path(state)))
         texts = {path: format_fingerprint(value) for path, value in sums.items()}
@@ -148,7 +128,8 @@ def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any
 
 def _digest_programs(step: CompiledStep) -> dict[str, str]:
     """Traces and lowers init, loss and optimizer of a step."""
-    spec, state = step.spec, jax.tree.map(_without_sharding, step.layout.state)
+    spec, unplaced = step.spec, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.tree.map(unplaced, step.layout.state)
     trained = step.layout.partition.trained(state.params)
 
     def init(key: Key) -> Any:
@@ -192,10 +173,6 @@ def _digest(function: Callable[..., Any], *args: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 # These may change when a run resumes: newer packages, another machine, what it began with. Leaves
 # that differ are named when they are restored.
 SOFTWARE = ("versions", "environment")
@@ -209,11 +186,8 @@ def comparable_facts(
 ) -> list[str]:
     """Returns the groups of facts by which a run and its checkpoint can be compared.
 
-    Args:
-      before: facts of the checkpoint.
-      now: facts that are known so far.
-      programs: whether loss and optimizer must be the same. They are other programs for other
-        leaves, and in other versions of JAX, and are not compared then.
+    Loss and optimizer are compared only if `programs`: they are other programs for other leaves,
+    and in other versions of JAX.
     """
     same = all(before.get(name) == now.get(name) for name in ("versions", "leaves"))
     comparable = programs and same

@@ -31,26 +31,17 @@ from ._source import DataSource
 
 @dataclasses.dataclass
 class RunFolder:
-    """Metrics and checkpoints of a run that is under way.
+    """Metrics and checkpoints of a run that is under way."""
 
-    Attributes:
-      metrics: the metrics file.
-      config: when to save, and what to do when a save fails.
-      source: batches; their position goes into each checkpoint.
-      record: settings as plain values.
-      say: prints one line for the user.
-      start: updates already made; 0 for a new run.
-      scored: whether the metrics hold an evaluation of the state that a resumed run starts from.
-      checkpoints: inside its `with` block; None for a run that makes no checkpoints.
-    """
-
-    metrics: MetricsFile
-    config: TrainConfig
-    source: DataSource
-    record: Mapping[str, Any]
-    say: Callable[[str], None]
-    start: int = 0
+    metrics: MetricsFile  # the metrics file
+    config: TrainConfig  # when to save, and what to do when a save fails
+    source: DataSource  # batches; their position goes into each checkpoint
+    record: Mapping[str, Any]  # settings as plain values
+    say: Callable[[str], None]  # prints one line for the user
+    start: int = 0  # updates already made; 0 for a new run
+    # whether the metrics hold an evaluation of the state that a resumed run starts from
     scored: bool = True
+    # inside its `with` block; None for a run that makes no checkpoints
     checkpoints: Checkpointer | None = None
 
     def __post_init__(self) -> None:
@@ -79,14 +70,8 @@ class RunFolder:
     def save(self, done: int, state: Any, scores: Mapping[str, float]) -> None:
         """Starts saving a state in the background, unless it is saved already.
 
-        Args:
-          done: updates made.
-          state: to save.
-          scores: metrics of its evaluation, by which the best checkpoints are kept; one that is
-            not finite ranks no checkpoint.
-
-        Raises:
-          CheckpointError: this save or the one before fails, and `on_save_error` is `stop`.
+        The scores rank the best checkpoints; one that is not finite ranks none. Raises
+        CheckpointError if this save or the one before fails and `on_save_error` is `stop`.
         """
         checkpoints = self.checkpoints
         if checkpoints is None or done == self._newest:
@@ -98,11 +83,7 @@ class RunFolder:
         self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=finite))
 
     def finish_saving(self) -> str:
-        """Waits for the last save; returns a message about what is on the disk.
-
-        Raises:
-          CheckpointError: the last save failed.
-        """
+        """Waits for the last save; returns what is on disk, as text, or raises its error."""
         if self.checkpoints is None or not self._newest:
             return "No checkpoint was saved. Rerun the same command to start anew."
         self._handle_save_error(self.checkpoints.wait)
@@ -141,24 +122,10 @@ def open_run_folder(
     """Opens the folder of a run and yields it with the state that the run starts from.
 
     An exception of the body is logged in the metrics, behind which goodput is written in any case.
-
-    Args:
-      decision: whether the run resumes, and from where.
-      step: the compiled step, the same in all processes.
-      config: of the run.
-      retention: which checkpoints to keep; None for what the config says.
-      record: settings as plain values, for the metrics and the checkpoints.
-      facts: what decides the numbers besides the record, for the checkpoints.
-      source: batches.
-      console: where messages go.
-      process_group: this process among those that run together.
-      began: when this process started the run, in seconds since 1970.
-      seconds: what the time since then was spent on.
-      given: makes the keywords of `step.init` for a new run.
-
-    Raises:
-      CheckpointError: no usable checkpoint to resume from, or the last save failed.
-      ProcessError: other processes start from another state.
+    This process began the run in seconds since 1970; `seconds` is what the time since then was
+    spent on. `given` makes the keywords of `step.init` for a new run. Raises CheckpointError if no
+    checkpoint can be resumed from or the last save fails, ProcessError if other processes start
+    from another state.
     """
     path, resumed = create_shared_folder(process_group, decision), decision.resumed
     checkpoints = Checkpointer(

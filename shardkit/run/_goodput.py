@@ -58,12 +58,7 @@ _CAUSES = ("compile", "init", "restore", "data", "lost", "idle", *_CAUSE_OF_KIND
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
-    """Adds up the rows of a metrics file.
-
-    Args:
-      rows: in the order of the file; the first one is a `start`.
-      now: seconds since 1970.
-    """
+    """Adds up the rows of a metrics file, of which the first is a `start`, until `now`."""
     overhead: dict[str, float] = dict.fromkeys(_CAUSES, 0.0)
     steps, began = 0.0, None
     for row in rows:
@@ -93,13 +88,8 @@ def interruption(kept: Sequence[_Row], dropped: Sequence[_Row], began: float) ->
                          |<----- lost ----->|<----- idle ----->|
                                                              began
 
-    Args:
-      kept: rows that stay in the metrics file.
-      dropped: rows of updates that will be made again.
-      began: when the new process started, in seconds since 1970.
-
-    Returns:
-      `lost` and `idle`; empty for a run without kept rows.
+    Dropped rows are of updates that will be made again; times are in seconds since 1970. A run
+    without kept rows has lost nothing.
     """
     if not kept:
         return {}

@@ -134,14 +134,7 @@ def read_history(folder: str | os.PathLike[str]) -> History:
 
 
 def read_histories(folders: Sequence[Path]) -> list[History]:
-    """Reads the metrics of several runs.
-
-    Args:
-      folders: of runs, or their metrics files.
-
-    Raises:
-      ConfigError: naming every one that is not a run, or has finished no update yet.
-    """
+    """Reads runs, or their metrics files; raises ConfigError with each that has no update yet."""
     paths = [path if path_problem(path) else local_path(path, ConfigError) for path in folders]
     runs = [path.parent if path.name == METRICS else path for path in paths]
     unique = len({run.name for run in runs}) == len(runs)

@@ -16,31 +16,21 @@ _LARGEST_DRAWN = 16
 
 @dataclasses.dataclass(frozen=True)
 class LayoutRow:
-    """Leaves of one type and spec whose paths differ only in numbers, such as layers.
+    """Leaves of one type and spec whose paths differ only in numbers, such as layers."""
 
-    Attributes:
-      path: with `*` for the numbers, `layers/*/w`.
-      leaves: number of leaves.
-      type: `f32[4,160,448]`.
-      spec: `P(None, None, 'tensor')`, or "" for leaves of several specs.
-      whole: bytes of one copy of all leaves.
-      per_device: bytes that one device holds of them.
-    """
-
-    path: str
-    leaves: int
-    type: str
-    spec: str
-    whole: int
-    per_device: int
+    path: str  # with `*` for the numbers, `layers/*/w`
+    leaves: int  # number of leaves
+    type: str  # `f32[4,160,448]`
+    spec: str  # `P(None, None, 'tensor')`, or "" for leaves of several specs
+    whole: int  # bytes of one copy of all leaves
+    per_device: int  # bytes that one device holds of them
 
 
 def layout_rows(tree: Any, limit: int = 14) -> list[LayoutRow]:
     """Groups the leaves of a pytree into rows, the most bytes per device first.
 
-    Args:
-      tree: arrays with shardings (`jax.Array` or `jax.ShapeDtypeStruct`).
-      limit: maximal number of rows; the smallest leaves share the last one.
+    The leaves are arrays with shardings (`jax.Array` or `jax.ShapeDtypeStruct`). Beyond `limit`
+    rows, the smallest leaves share the last one.
     """
     groups: dict[tuple[str, str, str], list[LayoutRow]] = {}
     for path, leaf in leaves_by_path(tree).items():

@@ -46,17 +46,9 @@ class Loop:
     ) -> None:
         """Starts the clock of the first update.
 
-        Args:
-          step: the update.
-          folder: metrics and checkpoints, with the config of the loop.
-          callbacks: called in this order.
-          evaluate: `(step, state) -> metrics` of validation data; None for no evaluation.
-          tokens: of one batch, for the speed; None to count rows.
-          metrics: `{name: glob of one scalar of the state}` that each row gets besides.
-          several: whether several processes make the updates together.
-
-        Raises:
-          ConfigError: a glob matches no scalar of the state, or several.
+        `tokens` of one batch give the speed; None counts rows. `metrics` names a glob of one scalar
+        of the state for each column that rows get besides. Raises ConfigError if a glob matches
+        none, or several.
         """
         self._state_metrics = find_state_metrics(metrics, step.abstract_state) if metrics else {}
         self._step, self._folder, self._callbacks = step, folder, callbacks
@@ -67,14 +59,7 @@ class Loop:
         self._several = several
 
     def run(self, state: Any) -> Any:
-        """Makes all updates that are left, between the first and the last event of the callbacks.
-
-        Args:
-          state: after `folder.start` updates.
-
-        Returns:
-          The last state.
-        """
+        """Makes all updates after `folder.start`, between the callbacks' first and last event."""
         folder, context = self._folder, self._make_context()
         with contextlib.ExitStack() as stack:
             for callback in self._callbacks:
@@ -178,8 +163,7 @@ class Loop:
             why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
             fix = f"TrainConfig(steps={done - 1}), or data that repeats"
             fix = fix if done > 1 else "data that yields a batch each time it is iterated"
-            problem = Problem("the data", why, fix)
-            raise DataError(format_problems("The data ended too early.", [problem])) from None
+            raise DataError.of("The data ended too early.", "the data", why, fix) from None
 
     def _report_step(self, done: int, metrics: Mapping[str, Any]) -> None:
         finished = self._clock.finish_step(done, {name: float(x) for name, x in metrics.items()})

@@ -18,14 +18,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """JSON lines, each appended by one `write`, so that readers see complete lines only.
-
-    Attributes:
-      path: `metrics.jsonl` in the run's folder.
-      kept_rows: rows of earlier processes of a resumed run.
-      dropped_rows: rows that were cut off because their updates will be made again.
-      broken_lines: numbers, counted from 1, of lines that are not rows.
-    """
+    """JSON lines, each appended by one `write`, so that readers see complete lines only."""
 
     def __init__(
         self,
@@ -34,21 +27,16 @@ class MetricsFile:
         report_error: Callable[[str], None] | None = None,
         enabled: bool = True,
     ) -> None:
-        """Creates the file of a new run, or opens that of a resumed one.
+        """Creates the file of a new run, or opens that of one that resumes `after` a step.
 
-        Args:
-          folder: of the run.
-          after: the step from which the run resumes; rows of later steps are cut off, since
-            these updates will be made again. None for a new run.
-          report_error: called with a message for the first row that cannot be written; this and
-            later failures are then ignored (`train.on_save_error=continue`). By default a
-            failure raises.
-          enabled: False to write nothing at all, for processes other than the first.
-
-        Raises:
-          ConfigError: the file cannot be opened or read.
+        Rows of later steps are cut off, since these updates will be made again. `report_error` gets
+        a message for the first row that cannot be written; this and later failures are then ignored
+        (`train.on_save_error=continue`). By default a failure raises ConfigError. Processes other
+        than the first are not `enabled` and write nothing.
         """
         self.path, self._report_error, self._reported = folder / METRICS, report_error, False
+        # Rows of earlier processes of a resumed run, those whose updates will be made again, and
+        # the numbers, counted from 1, of lines that are not rows.
         self.kept_rows: list[dict[str, Any]] = []
         self.dropped_rows: list[dict[str, Any]] = []
         self.broken_lines: list[int] = []
@@ -72,11 +60,7 @@ class MetricsFile:
         self.broken_lines = parse_rows(lines).broken
 
     def sync(self) -> None:
-        """Forces what was written onto the disk, before a checkpoint that relies on it.
-
-        Raises:
-          ConfigError: the disk refuses.
-        """
+        """Forces what was written onto the disk; raises ConfigError where the disk refuses."""
         if self._file is not None:
             with self._handle_errors():
                 os.fsync(self._file)

@@ -24,15 +24,10 @@ def write_start(
     began: float,
     seconds: Mapping[str, float],
 ) -> None:
-    """Writes a `start` or a `resumed` row.
+    """Writes a `start` or, after updates already made, a `resumed` row.
 
-    Args:
-      metrics: the metrics file.
-      mesh: of the devices.
-      step: updates already made; None for a new run.
-      record: settings as plain values.
-      began: when this process started the run, in seconds since 1970.
-      seconds: what the time since then was spent on, by cause.
+    This process started the run at `began`, in seconds since 1970; `seconds` is what the time since
+    then was spent on, by cause.
     """
     spent = {**seconds, **interruption(metrics.kept_rows, metrics.dropped_rows, began)}
     about = {**environment(mesh), "began": round(began, 3), "seconds": spent}

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._core.errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError
 from ..processes import ProcessGroup
 from ._resume import ResumeDecision
 from ._stop import Stopped
@@ -32,10 +32,8 @@ def leave_together(process_group: ProcessGroup) -> Iterator[None]:
 def create_folder(folder: Path) -> Path:
     """Creates a folder that did not exist: `folder`, or `folder-2`, `folder-3`, ….
 
-    `mkdir` is atomic, so two runs that start together never share one.
-
-    Raises:
-      ConfigError: no folder can be created there.
+    `mkdir` is atomic, so two runs that start together never share one. Raises ConfigError if it
+    fails.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +45,7 @@ def create_folder(folder: Path) -> Path:
                 continue
             return path
     except OSError as error:
-        problem = Problem(str(folder), f"{error.strerror}.", "--set train.out=FOLDER")
-        raise ConfigError(
-            format_problems("The run folder cannot be created.", [problem])
-        ) from error
+        why = f"{error.strerror}."
+        fix = "--set train.out=FOLDER"
+        raise ConfigError.of("The run folder cannot be created.", str(folder), why, fix) from error
     raise AssertionError("unreachable")

@@ -36,20 +36,13 @@ _SAME_DATA = "the same data as before"
 
 @dataclasses.dataclass(frozen=True)
 class ResumeDecision:
-    """Whether a run resumes, and from where.
+    """Whether a run resumes, and from where."""
 
-    Attributes:
-      folder: of the run that resumes; of a new run, the folder that it would like.
-      resumed: whether it resumes.
-      step: updates already made, if the newest checkpoint is intact; 0 for a new run.
-      notes: messages for the user about the choice.
-      facts: those of the newest checkpoint, see `_facts`; none for a new run.
-    """
-
-    folder: Path
-    resumed: bool = False
-    step: int = 0
-    notes: tuple[str, ...] = ()
+    folder: Path  # of the run that resumes; of a new run, the folder that it would like
+    resumed: bool = False  # whether it resumes
+    step: int = 0  # updates already made, if the newest checkpoint is intact; 0 for a new run
+    notes: tuple[str, ...] = ()  # messages for the user about the choice
+    # those of the newest checkpoint, see `_facts`; none for a new run
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -76,20 +69,13 @@ def decide_resume(
 ) -> ResumeDecision:
     """Finds the run to resume, if any. Process 0 decides for all.
 
-    Args:
-      folder: of the run; `folder-2`, `folder-3`, … are looked at too, the newest first.
-      config: whether to resume.
-      source: batches; their position must be the one in the checkpoint.
-      record: settings as plain values.
-      decides: names or groups of the record (`model`, `train.seed`) that determine the numbers
-        of a run and so must not change when it resumes; None for all of them.
-      facts: what decides the numbers besides the record, as far as it is known.
-      process_group: this process among those that run together.
+    Of the same name, `folder-2`, `folder-3`, … are looked at too, the newest first. `decides` are
+    names or groups of the record (`model`, `train.seed`) that determine the numbers of a run and so
+    must not change when it resumes; None for all of them. `facts` decide besides the record, as far
+    as they are known; the position of the batches must be the one in the checkpoint.
 
-    Raises:
-      ConfigError: `train.resume_with` names nothing that can differ.
-      CheckpointError: `train.resume` names a run that these settings cannot resume. Only process
-        0 raises; the others learn of its end.
+    Raises ConfigError if `train.resume_with` names nothing that can differ; and, in process 0
+    alone, CheckpointError if `train.resume` names a run that these settings cannot resume.
     """
     _check_names(config.resume_with, record)
     settings = _Settings(record, decides, facts, source, config.resume_with)
@@ -114,7 +100,7 @@ def _decide(folder: Path, config: TrainConfig, settings: "_Settings") -> ResumeD
             notes += _explain_unreadable(run)
         if newest is None:
             continue
-        finished = _is_finished(run)
+        finished = any(row["kind"] == "finished" for row in read_metrics(run))
         if finished and newest.step >= config.steps:
             if settings.find_differences(newest, _FREE_BY_NAME):
                 continue
@@ -152,21 +138,13 @@ def _decide_named(folder: Path, settings: "_Settings") -> ResumeDecision:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What decides the numbers of this run, to compare with a checkpoint.
+    """What decides the numbers of this run, to compare with a checkpoint."""
 
-    Attributes:
-      record: settings as plain values.
-      decides: names or groups of the record that decide; None for all.
-      facts: what decides besides the record.
-      source: batches.
-      accepted: names or groups that may differ.
-    """
-
-    record: Mapping[str, Any]
-    decides: Sequence[str] | None
-    facts: Mapping[str, Any]
-    source: DataSource
-    accepted: Sequence[str]
+    record: Mapping[str, Any]  # settings as plain values
+    decides: Sequence[str] | None  # names or groups of the record that decide; None for all
+    facts: Mapping[str, Any]  # what decides besides the record
+    source: DataSource  # batches
+    accepted: Sequence[str]  # names or groups that may differ
 
     def find_differences(self, saved: Manifest, free: tuple[str, ...]) -> list[Problem]:
         """Lists what decides the numbers and is not as in a checkpoint, but for what may differ."""
@@ -289,10 +267,6 @@ def _explain_unreadable(folder: Path) -> Iterator[str]:
         except CheckpointError as error:
             _, row, *_ = str(error).splitlines()
             yield f"Cannot resume {folder} ({row.strip()}). Starting a new run."
-
-
-def _is_finished(folder: Path) -> bool:
-    return any(row["kind"] == "finished" for row in read_metrics(folder))
 
 
 def _describe_changes(before: Any, now: Any) -> str:

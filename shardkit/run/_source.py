@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError
 
 
 @runtime_checkable
@@ -99,12 +99,7 @@ Evaluate = Callable[[Any, Any], Mapping[str, Any]]
 def as_source(data: Data, *, resumable: bool = True) -> DataSource:
     """Wraps a function or an iterable; a source is returned as it is.
 
-    Args:
-      data: in any of the three forms.
-      resumable: whether the run may resume, so that batches are read again from the first one.
-
-    Raises:
-      DataError: an iterator, which yields its batches once, in a run that may resume.
+    Raises DataError for an iterator, which yields its batches once, in a run that may resume.
     """
     if isinstance(data, DataSource):
         return data
@@ -119,5 +114,4 @@ def _make_error(data: Any, why: str) -> DataError:
     why += ": it yields each batch once, and a resumed run starts at the first one"
     fix = "a function i -> batch, a list, or an object whose __iter__ starts anew; or"
     fix += " TrainConfig(checkpoint_every=0)"
-    problem = Problem(f"data: {type(data).__name__}", why, fix)
-    return DataError(format_problems("The data cannot be read again.", [problem]))
+    return DataError.of("The data cannot be read again.", f"data: {type(data).__name__}", why, fix)

@@ -16,12 +16,7 @@ _HEADLINE = "Scalars of the state cannot be metrics."
 def find_state_metrics(declared: Mapping[str, str], state: Any) -> dict[str, str]:
     """Returns `{name: path}` of the scalars that globs name.
 
-    Args:
-      declared: `{name: glob}`.
-      state: abstract train state.
-
-    Raises:
-      ConfigError: a glob matches no scalar, or several; names all.
+    Raises ConfigError with each glob that matches no scalar of the abstract state, or several.
     """
     leaves = leaves_by_path(state).items()
     scalars = [
@@ -51,8 +46,7 @@ def add_state_metrics(
 ) -> dict[str, jax.Array]:
     """Adds copies of scalars of a state, which the next update donates; waits for nothing.
 
-    Raises:
-      ConfigError: the loss returns a metric of such a name.
+    Raises ConfigError if the loss returns a metric of such a name.
     """
     why = "is a metric that the loss returns"
     taken = [

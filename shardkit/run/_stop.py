@@ -72,14 +72,8 @@ class StopRequest:
         """Raises for a signal as soon as it comes; one of several processes waits for the others.
 
         Ctrl-C is left to the handler of before, so that of the command line also ends a process
-        that compiles (`InterruptGuard`).
-
-        Args:
-          save: saves what is not on the disk yet; returns a message for the user.
-
-        Raises:
-          KeyboardInterrupt: after Ctrl-C.
-          Stopped: after SIGTERM.
+        that compiles (`InterruptGuard`). `save` saves what is not on the disk yet; its message
+        becomes a note of the KeyboardInterrupt, or of Stopped after SIGTERM.
         """
         if self._several or not self._handlers:
             yield
@@ -115,16 +109,7 @@ class StopRequest:
         return self.signal is not None or self.why is not None
 
     def raise_for_signal(self, finish_saving: Callable[[], str]) -> None:
-        """Raises if a signal was received.
-
-        Args:
-          finish_saving: waits for the last save; returns a message about what is on the disk,
-            which is added as a note.
-
-        Raises:
-          KeyboardInterrupt: after Ctrl-C.
-          Stopped: after SIGTERM.
-        """
+        """Raises KeyboardInterrupt for Ctrl-C, Stopped for SIGTERM, noting what is saved."""
         try:
             self._raise()
         except (KeyboardInterrupt, Stopped) as stop:

@@ -32,11 +32,9 @@ class Throughput:
 
     @classmethod
     def of(cls, step: CompiledStep, tokens: int | None) -> "Throughput":
-        """Reads a compiled step; counting FLOPs in its jaxpr compiles and runs nothing.
+        """Reads a compiled step; `tokens` of one batch, or None to count rows instead.
 
-        Args:
-          step: the compiled step.
-          tokens: of one batch; None to count rows instead.
+        Counting FLOPs in its jaxpr compiles and runs nothing.
         """
         count, unit = (step.layout.rows, "rows") if tokens is None else (tokens, "tokens")
         simulated = is_simulated(step.mesh)

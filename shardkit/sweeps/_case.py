@@ -60,16 +60,9 @@ class SweepCase:
 def enumerate_cases(
     devices: Sequence[int], axes: Sequence[str], accumulate: Sequence[int], remat: Sequence[str]
 ) -> list[SweepCase]:
-    """Enumerates a sweep, all cases of one mesh after each other.
+    """Enumerates a sweep, all cases of one mesh after each other; each uses all of its devices.
 
-    Args:
-      devices: numbers of devices; each mesh uses exactly that many.
-      axes: names of the mesh axes, in mesh order.
-      accumulate: micro-batches per step.
-      remat: names of checkpoint policies.
-
-    Raises:
-      SweepError: options are empty, repeated, or not valid; all of them in one message.
+    One SweepError lists the options that are empty, repeated, or not valid.
     """
     problems = [*_axis_problems(axes), *_number_problems("devices", devices)]
     problems += [*_number_problems("accumulate", accumulate), *_remat_problems(remat)]

@@ -33,18 +33,12 @@ _NO_MEMORY = "RESOURCE_EXHAUSTED"
 
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
-    """Runs one case after the other; every error becomes a row.
+    """Runs one case after the other; every error becomes a row."""
 
-    Attributes:
-      compiler: for this process's devices, or for an absent target.
-      verify: whether steps are compared with one device.
-      batches: host batches for that; None for generated ones.
-      estimate: case → modelled bytes per device; None for the model of `sk.plan`.
-    """
-
-    compiler: CaseCompiler
-    verify: bool = False
-    batches: Sequence[Batch] | None = None
+    compiler: CaseCompiler  # for this process's devices, or for an absent target
+    verify: bool = False  # whether steps are compared with one device
+    batches: Sequence[Batch] | None = None  # host batches for that; None for generated ones
+    # case → modelled bytes per device; None for the model of `sk.plan`
     estimate: Callable[[SweepCase], float] | None = None
 
     @functools.cached_property
@@ -61,9 +55,7 @@ class CaseRunner:
     ) -> tuple[SweepRow, CompiledStep | None]:
         """Returns the row of a case, and its step if it is legal and was compiled here.
 
-        Args:
-          case: what to run.
-          old: its row of an earlier run, whose verdict holds if the code is the same.
+        The verdict of its old row holds if the code is the same.
         """
         blank = SweepRow(case, FAILED, self.compiler.device_info, provenance=read_provenance())
         try:
@@ -178,12 +170,7 @@ def is_done(row: SweepRow | None, *, prove: bool, timed: bool) -> bool:
 
 
 def is_verified(old: SweepRow | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether a row shows that just this code gives one device's numbers.
-
-    Args:
-      old: the row in the file, if any.
-      provenance: of this process.
-    """
+    """Whether a row of the file shows that just this code gives one device's numbers."""
     if old is None or old.status != OK or not (old.verified or {}).get("ok"):
         return False
     commit = provenance["commit"]

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,50 +23,20 @@ Factory = Callable[..., CompiledStep | StepSpec]
 
 @dataclasses.dataclass(frozen=True)
 class CompiledCase:
-    """A compiled case.
+    """A compiled case."""
 
-    Attributes:
-      report: of the step; `report.seconds` are those of tracing, lowering and compiling.
-      seconds: wall time from the call of the factory to the report, a child's start included.
-      spec: the spec of the step.
-      step: None if it was compiled in another process.
-    """
-
-    report: Report
-    seconds: float
-    spec: StepSpec
-    step: CompiledStep | None = None
-
-
-class CaseCompiler(Protocol):
-    """Compiles one case after the other."""
-
-    @property
-    def device_info(self) -> Mapping[str, Any]:
-        """Target, and platform and kind of the devices if they are present."""
-        ...
-
-    @property
-    def network(self) -> Network | None:
-        """Links and chip of the devices; None if the hardware table does not have them."""
-        ...
-
-    def compile(self, case: SweepCase) -> CompiledCase:
-        """Compiles a case; raises whatever is wrong with it."""
-        ...
+    report: Report  # of the step; `report.seconds` are those of tracing, lowering and compiling
+    seconds: float  # wall time from the call of the factory to the report, a child's start included
+    spec: StepSpec  # the spec of the step
+    step: CompiledStep | None = None  # None if it was compiled in another process
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalCompiler:
-    """Compiles in this process, for the first of its devices.
+    """Compiles in this process, for the first of its devices."""
 
-    Attributes:
-      factory: declares or compiles a case for a mesh.
-      present: the process's devices.
-    """
-
-    factory: Factory
-    present: Sequence[Any]
+    factory: Factory  # declares or compiles a case for a mesh
+    present: Sequence[Any]  # the process's devices
 
     @property
     def device_info(self) -> Mapping[str, Any]:
@@ -76,16 +46,12 @@ class LocalCompiler:
 
     @property
     def network(self) -> Network | None:
-        """Links of the devices' kind."""
+        """Links of the devices' kind; None if the hardware table does not have them."""
         chip = identify_chip(self.present[0].device_kind)
         return Network(chip) if chip else None
 
     def compile(self, case: SweepCase) -> CompiledCase:
-        """Builds the mesh, calls the factory and compiles its result.
-
-        Raises:
-          ShardkitError: the case is illegal, or the factory ignores an option of the case.
-        """
+        """Compiles what the factory makes; raises ShardkitError for a case that is illegal."""
         start = time.perf_counter()
         devices = None if case.devices == len(self.present) else self.present[: case.devices]
         mesh = case.mesh_spec.build(devices=devices)
@@ -97,19 +63,12 @@ class LocalCompiler:
 
 @dataclasses.dataclass(frozen=True)
 class TargetCompiler:
-    """Compiles for absent devices, each case in a child process.
+    """Compiles for absent devices, each case in a child process."""
 
-    Attributes:
-      factory: declares a case for a `MeshSpec`.
-      source: case → what the child loads.
-      target: the devices.
-      timeout: seconds after which a child is killed.
-    """
-
-    factory: Factory
-    source: Callable[[SweepCase], StepSource]
-    target: str
-    timeout: float
+    factory: Factory  # declares a case for a `MeshSpec`
+    source: Callable[[SweepCase], StepSource]  # case → what the child loads
+    target: str  # the devices
+    timeout: float  # seconds after which a child is killed
 
     @property
     def device_info(self) -> Mapping[str, Any]:
@@ -118,45 +77,34 @@ class TargetCompiler:
 
     @property
     def network(self) -> Network | None:
-        """Links of the target."""
+        """Links of the target; None if the hardware table does not have them."""
         target = Target.parse(self.target)
         return Network.of(target) if target.chip else None
 
     def compile(self, case: SweepCase) -> CompiledCase:
-        """Declares the case in this process, so that its errors show at once, and runs a child.
-
-        Raises:
-          ShardkitError: the case is illegal, or its compiler crashed.
-        """
+        """Declares the case here, so that its errors show at once, and compiles it in a child."""
         start = time.perf_counter()
         spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
         return CompiledCase(report, time.perf_counter() - start, spec)
 
 
-def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
-    """Calls a factory for a case whose mesh another process builds.
+CaseCompiler = LocalCompiler | TargetCompiler
 
-    Raises:
-      StepError: it does not return a `StepSpec`, or ignores an option of the case.
-    """
+
+def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
+    """Calls a factory for a mesh of another process; raises StepError unless it gives the case."""
     spec = factory(case.mesh_spec, accumulate=case.accumulate, remat=case.remat)
     if not isinstance(spec, StepSpec):
         why = f"returned {type(spec).__name__}; a compile elsewhere takes a StepSpec"
         fix = "return sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
-        raise StepError(
-            format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
-        )
+        raise StepError.of("There is nothing to compile.", "factory", why, fix)
     check_factory_result(spec, case)
     return spec
 
 
 def present_devices(counts: Sequence[int]) -> Sequence[Any]:
-    """The process's devices, at least as many as the largest mesh has.
-
-    Raises:
-      SweepError: there are fewer.
-    """
+    """The process's devices; raises SweepError if they are fewer than the largest mesh has."""
     devices = jax.devices()
     problems = [
         Problem(f"devices={n}", f"this process has {count(len(devices), 'device')}")
@@ -185,15 +133,9 @@ def _compile(declared: Any, mesh: Mesh) -> CompiledStep:
 def check_factory_result(
     spec: StepSpec, case: SweepCase, sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Refuses a step that does not have the options of its case.
+    """Raises StepError with the options of a case that its factory ignores.
 
-    Args:
-      spec: the spec of the step.
-      case: the case.
-      sizes: of the mesh that it was compiled for; None if it is not compiled yet.
-
-    Raises:
-      StepError: naming the options that the factory ignores.
+    `sizes` are those of the mesh that it was compiled for; None if it is not compiled yet.
     """
     pairs = {
         "mesh": (case.sizes if sizes is None else dict(sizes), case.sizes),

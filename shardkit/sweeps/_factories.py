@@ -26,15 +26,10 @@ _NO_FACTORY = "The sweep has no factory."
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFactory:
-    """The step of a config, with built-in strategies for axes that its own does not split.
+    """The step of a config, with built-in strategies for axes that its own does not split."""
 
-    Attributes:
-      name: path of the config file, "" for the default one.
-      overrides: `path.to.field=value`.
-    """
-
-    name: str = ""
-    overrides: tuple[str, ...] = ()
+    name: str = ""  # path of the config file, "" for the default one
+    overrides: tuple[str, ...] = ()  # `path.to.field=value`
 
     @functools.cached_property
     def config(self) -> Config:
@@ -86,11 +81,7 @@ def default_options(factory: Steps) -> tuple[int, str]:
 
 
 def make_child_source(factory: Steps, case: SweepCase) -> StepSource:
-    """The source from which a child process declares a case.
-
-    Raises:
-      SweepError: another process cannot import the factory by a name.
-    """
+    """The source that a child declares a case from; raises SweepError if it cannot import it."""
     options = {"mesh": case.sizes, "accumulate": case.accumulate, "remat": case.remat}
     arguments: dict[str, Any]
     if isinstance(factory, ConfigFactory):
@@ -112,11 +103,7 @@ def display_name(factory: Steps) -> str:
 
 
 def importable_name(factory: Factory) -> str:
-    """Returns `module:function`.
-
-    Raises:
-      SweepError: it is not a function at the top of an importable module.
-    """
+    """Returns `module:function`; raises SweepError unless a module has it at its top."""
     fix = "def factory(mesh, *, accumulate, remat) at the top of a module of its own"
     if isinstance(factory, SpecFactory):
         why = "is an object of this process; the child that compiles it imports it by name"
@@ -128,8 +115,7 @@ def importable_name(factory: Factory) -> str:
     if module != "__main__" and function.isidentifier() and inspect.isfunction(factory):
         return name
     why = "the child that compiles it cannot import it by name"
-    problem = Problem(f"factory {name}", why, fix)
-    raise SweepError(format_problems("The factory cannot be sent to a target.", [problem]))
+    raise SweepError.of("The factory cannot be sent to a target.", f"factory {name}", why, fix)
 
 
 def declare_case(
@@ -144,24 +130,15 @@ def declare_case(
 ) -> tuple[StepSpec, MeshSpec]:
     """Declares a case in a child process, from plain values.
 
-    Args:
-      mesh: axis → size.
-      accumulate: micro-batches.
-      remat: name of a checkpoint policy.
-      config: path of a config file, "" for the default one.
-      overrides: for the config.
-      record: `ConfigFactory.record` of the config when the sweep began.
-      function: `module:function` instead of a config.
-
-    Raises:
-      SweepError: the config was changed since.
-      StepError: the function does not return a spec.
+    The factory is a config file ("" for the default one) with its overrides, or `module:function`.
+    `record` is `ConfigFactory.record` when the sweep began: SweepError if the config was changed
+    since. Raises StepError if the function does not return a spec.
     """
     factory = _import_factory(function) if function else ConfigFactory(config, tuple(overrides))
     if isinstance(factory, ConfigFactory) and record != json.loads(json.dumps(factory.record())):
         why = "was changed while the sweep ran; rows of two configs cannot be compared"
-        problem = Problem(display_name(factory), why, "restore the config, or another --out")
-        raise SweepError(format_problems("The config was changed.", [problem]))
+        fix = "restore the config, or another --out"
+        raise SweepError.of("The config was changed.", display_name(factory), why, fix)
     case = SweepCase(tuple(mesh.items()), accumulate, remat)
     return spec_of_case(factory, case), case.mesh_spec
 
@@ -169,12 +146,8 @@ def declare_case(
 def make_factory(source: Any) -> Steps:
     """Makes the factory of a sweep from a spec, a function or its name, or the path of a config.
 
-    Args:
-      source: a spec, a factory, `module:function`, or the path of a config file.
-
-    Raises:
-      ConfigError: the function does not exist, its module cannot be imported, or it cannot be
-        called as a factory is.
+    Raises ConfigError if the function does not exist, its module cannot be imported, or it cannot
+    be called as a factory is.
     """
     if isinstance(source, StepSpec):
         return SpecFactory(source)
@@ -210,4 +183,4 @@ def _import_factory(name: str) -> Factory:
 
 def _refuse(name: str, why: str) -> NoReturn:
     fix = "def factory(mesh, *, accumulate, remat) -> sk.StepSpec, as module:factory"
-    raise ConfigError(format_problems(_NO_FACTORY, [Problem(name, why)], fix))
+    raise ConfigError.of(_NO_FACTORY, name, why, fix)

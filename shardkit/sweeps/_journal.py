@@ -25,23 +25,13 @@ _VERSION = 3
 
 
 class Journal:
-    """The rows of one sweep, in memory and on disk.
-
-    Attributes:
-      folder: of the sweep's files.
-      rows: key of a case → its newest row.
-    """
+    """The rows of one sweep, in memory (key of a case → its newest row) and on disk."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Opens a folder for a new sweep, or to resume one.
+        """Opens a folder for a new sweep, or to resume that of the same identity, as plain values.
 
-        Args:
-          folder: created if it does not exist.
-          identity: plain values that distinguish this sweep from others.
-
-        Raises:
-          SweepError: the folder holds other files or the rows of another sweep, another process
-            writes to it, or it cannot be written. The folder is not changed then.
+        Raises SweepError if the folder holds other files or the rows of another sweep, another
+        process writes to it, or it cannot be written. The folder is not changed then.
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
@@ -56,9 +46,8 @@ class Journal:
             except FileInUseError:
                 why = "another sweep writes to it"
                 fix = "wait until it has ended; or --out NEW_FOLDER, or out="
-                problem = Problem(str(self._path), why, fix)
                 headline = "The sweep's folder is in use."
-                raise SweepError(format_problems(headline, [problem])) from None
+                raise SweepError.of(headline, str(self._path), why, fix) from None
             self.rows = self._read_existing(header)
             self._opened = opened.pop_all()
 
@@ -116,8 +105,7 @@ def _check_folder(folder: Path) -> None:
 
 def _refuse(path: Path, why: str) -> NoReturn:
     fix = "--out NEW_FOLDER, or out=; nothing was changed"
-    problem = Problem(str(path), why)
-    raise SweepError(format_problems("The folder does not hold this sweep.", [problem], fix))
+    raise SweepError.of("The folder does not hold this sweep.", str(path), why, fix)
 
 
 def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, SweepRow]:

@@ -14,14 +14,10 @@ _STEPS = 2  # the second one shows whether anything recompiles
 
 
 class ParityChecker:
-    """Verdicts on many steps; cases with the same micro-batches share one reference.
-
-    Attributes:
-      batches: host batches; None for generated ones.
-    """
+    """Verdicts on many steps; cases with the same micro-batches share one reference."""
 
     def __init__(self, batches: Sequence[Batch] | None) -> None:
-        """Computes no reference yet."""
+        """Takes host batches; None for generated ones."""
         self.batches = batches
         self._standards: dict[int, ReferenceResults] = {}
 

@@ -85,12 +85,7 @@ def _save(swept: Sweep, name: str, picture: _Picture) -> list[Path]:
 
 
 def describe_sources(rows: Sequence[SweepRow], by: str) -> str:
-    """The origin of a plot's figures in one line, written into the plot.
-
-    Args:
-      rows: those that are drawn.
-      by: the figure that is drawn, with its origin.
-    """
+    """The origin of a plot's figures in one line, written into the plot."""
     provenances = [row.provenance for row in rows]
     where = (
         describe_measurement(rows)

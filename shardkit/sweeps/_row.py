@@ -73,10 +73,8 @@ class SweepRow:
     def from_line(cls, line: str) -> "SweepRow":
         """Reads what `to_line` wrote.
 
-        Raises:
-          ValueError: it is not JSON.
-          KeyError: a figure is missing.
-          TypeError: a field is unknown, or has a value of another type.
+        Raises ValueError for no JSON, KeyError for a missing figure, TypeError for an unknown field
+        or a value of another type.
         """
         fields = json.loads(line)
         _check_fields("row", fields, _FIELDS)

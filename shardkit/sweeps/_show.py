@@ -17,14 +17,7 @@ _MESH = Column("mesh", most=24)
 def format_sweep(
     title: str, ranked: Sequence[SweepRow], unranked: Sequence[SweepRow], by: str
 ) -> str:
-    """Formats a sweep as text of at most 100 columns.
-
-    Args:
-      title: what was swept.
-      ranked: rows that are ok, the best first.
-      unranked: rows that are not.
-      by: what `ranked` is ranked by.
-    """
+    """Formats a sweep as text of at most 100 columns; `ranked` rows are ok, the best first."""
     lines = fold_text(title, _WIDTH)
     if ranked:
         lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(_WIDTH)]
@@ -55,7 +48,8 @@ def _ranked_table(rows: Sequence[SweepRow]) -> Table:
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
         cells += [_format_time(row)] * timed
         cells += [format_bytes(row.total) if row.total is not None else "?"]
-        cells += [format_bytes(row.wire or 0), _format_compile_time(row)]
+        compile_seconds = row.measured["compile_seconds"]["whole"]
+        cells += [format_bytes(row.wire or 0), f"{compile_seconds:.1f} s"]
         findings = sum(counted["count"] for counted in compiled.get("findings", {}).values())
         cells += [str(findings), _format_ratios(row)]
         table.append(cells)
@@ -77,10 +71,6 @@ def describe_measurement(rows: Sequence[SweepRow]) -> str:
     if len(places) < 2:
         return "".join(places)
     return "; ".join(f"{place} ({count(n, 'row')})" for place, n in places.items())
-
-
-def _format_compile_time(row: SweepRow) -> str:
-    return f"{row.measured['compile_seconds']['whole']:.1f} s"
 
 
 def _format_ratios(row: SweepRow) -> str:

@@ -16,13 +16,9 @@ from ..step import StepSpec
 
 @dataclasses.dataclass(frozen=True)
 class SpecFactory:
-    """The step of a spec, with built-in strategies for axes that its own does not split.
+    """The step of a spec, with built-in strategies for axes that its own does not split."""
 
-    Attributes:
-      spec: the step; a case sets its `accumulate` and `remat`.
-    """
-
-    spec: StepSpec
+    spec: StepSpec  # the step; a case sets its `accumulate` and `remat`
 
     def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> StepSpec:
         """The spec of a case."""
@@ -38,11 +34,7 @@ class SpecFactory:
         return f"{loss.__module__}:{getattr(loss, '__qualname__', type(loss).__name__)}"
 
     def select_axes(self, named: Sequence[str]) -> tuple[str, ...]:
-        """Mesh axes of a sweep: `named`, by default those that the strategy names.
-
-        Raises:
-          ConfigError: the strategy is made of built-in ones, and none of them has an axis.
-        """
+        """Mesh axes of a sweep: `named`, else the strategy's; raises ConfigError if it has none."""
         strategy, own = self.spec.strategy, axis_names(self.spec.strategy)
         known = (*own, *ready_strategies()) if strategy.kinds else named
         check_axes(named, known, "| strategies.data(AXIS), or a name of these")
@@ -66,11 +58,7 @@ class SpecFactory:
 
 
 def check_axes(named: Sequence[str], known: Sequence[str], fix: str) -> None:
-    """Refuses mesh axes of a sweep that are not in `known`.
-
-    Raises:
-      ConfigError: with each of them.
-    """
+    """Raises ConfigError with each mesh axis of a sweep that is not known."""
     known = tuple(dict.fromkeys(known))
     problems = [
         Problem(f"axis {axis!r}", f"is not one of {', '.join(known)}.{did_you_mean(axis, known)}")

@@ -161,19 +161,12 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-    """A sweep under way.
+    """A sweep under way."""
 
-    Attributes:
-      journal: the rows, those of earlier runs included.
-      runner: runs single cases.
-      cases: all cases of the sweep.
-      on_row: called with each new row.
-    """
-
-    journal: Journal
-    runner: CaseRunner
-    cases: Sequence[SweepCase]
-    on_row: OnRow
+    journal: Journal  # the rows, those of earlier runs included
+    runner: CaseRunner  # runs single cases
+    cases: Sequence[SweepCase]  # all cases of the sweep
+    on_row: OnRow  # called with each new row
 
     def compile(self, *, verify: bool, timed: bool) -> dict[str, "CompiledStep"]:
         """Runs the cases that have no complete row; returns the steps to be timed."""
@@ -221,8 +214,7 @@ def _device_counts(devices: int | Sequence[int] | None, target: str | None) -> l
     if available and counts != [available]:
         why = f"target {target} has {count(available, 'device')}"
         fix = f"leave devices out, or another target for {counts[0]}"
-        problem = Problem(f"devices={counts}", why, fix)
-        raise SweepError(format_problems("Devices and target do not agree.", [problem]))
+        raise SweepError.of("Devices and target do not agree.", f"devices={counts}", why, fix)
     return counts
 
 
@@ -289,11 +281,7 @@ def _title(factory: Steps, compiler: CaseCompiler) -> str:
 
 
 def _check_some_legal(swept: Sweep) -> None:
-    """Raises if no case was legal, with every distinct reason; the rows are written by then.
-
-    Raises:
-      SweepError: no case was legal.
-    """
+    """Raises SweepError with every distinct reason if no case was legal; the rows are written."""
     if any(row.status != ILLEGAL for row in swept.rows):
         return
     first: dict[str, SweepRow] = {}

@@ -20,17 +20,12 @@ SIMULATED = "measured on simulated devices, not a speed claim"
 
 @dataclasses.dataclass
 class StepTimes:
-    """Times of one step so far.
+    """Times of one step so far."""
 
-    Attributes:
-      warm_up: seconds of the first update of each repeat.
-      seconds: seconds of every later update.
-      error: exception that ended it; it is not timed any further.
-    """
-
+    # seconds of the first update of each repeat
     warm_up: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    error: Exception | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)  # seconds of every later update
+    error: Exception | None = None  # exception that ended it; it is not timed any further
 
     def figures(self) -> dict[str, Any]:
         """Median and quartiles, and the median of the warm-up, as plain values."""
@@ -47,12 +42,8 @@ def time_interleaved(
 ) -> dict[str, StepTimes]:
     """Times steps in the order A B C A B C …, with one state alive at a time.
 
-    Args:
-      steps: the steps, by name.
-      batches: host batch of each.
-      repeats: number of times that each is timed.
-      steps_per_repeat: timed updates of one repeat, after one that warms up; with `repeats` at
-        least 2 in all.
+    One repeat makes `steps_per_repeat` timed updates after one that warms up; with `repeats` at
+    least 2 in all.
     """
     times = {name: StepTimes() for name in steps}
     for _ in range(repeats):
@@ -83,15 +74,7 @@ def time_rows(
     repeats: int,
     steps_per_repeat: int,
 ) -> list[SweepRow]:
-    """Times compiled steps; returns their rows with the times, or with the error.
-
-    Args:
-      rows: key of a case → its row.
-      steps: key of a case → its step.
-      batches: host batches, of which the first is used; None for generated ones.
-      repeats: see `time_interleaved`.
-      steps_per_repeat: see `time_interleaved`.
-    """
+    """Times compiled steps on the first batch; returns their rows with the times or the error."""
     first = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
     times = time_interleaved(steps, first, repeats, steps_per_repeat)
     return [_add_times(rows[key], steps[key], times[key]) for key in times]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core import errors as _errors
-from .._core.errors import ConfigError, Problem, StepError, format_problems
+from .._core.errors import ConfigError, StepError
 from .._core.startup import quiet_libtpu
 from ..hardware import Chip, find_chip
 from ..mesh import Target
@@ -176,5 +176,4 @@ def _read_answer(answer: dict[str, Any]) -> Report:
 
 
 def _refuse(target: Target, why: str, fix: str) -> None:
-    problem = Problem(str(target), why)
-    raise TargetCompileError(format_problems("The step was not compiled.", [problem], fix))
+    raise TargetCompileError.of("The step was not compiled.", str(target), why, fix)

@@ -7,7 +7,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from .._core.errors import MeshError, Problem, first_line, format_problems
+from .._core.errors import MeshError, first_line
 from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 
@@ -15,14 +15,9 @@ from ..mesh import MeshSpec, Target
 def build_target_mesh(mesh: MeshSpec, target: Target) -> Mesh:
     """Builds a mesh on the devices of a target: present, simulated, or absent.
 
-    Args:
-      mesh: the declared mesh.
-      target: any target. GPUs are ordered by slice, then host, so that the last axes of a mesh
-        stay within a host.
-
-    Raises:
-      MeshError: the mesh does not fit, or the target's compiler is not installed or does not
-        know the topology.
+    GPUs are ordered by slice, then host, so that the last axes of a mesh stay within a host. Raises
+    MeshError if the mesh does not fit, or the target's compiler is not installed or does not know
+    the topology.
     """
     if target.kind != "gpu":
         return mesh.build(str(target))
@@ -51,4 +46,4 @@ def _gpu_devices(target: Target) -> list[Any]:
 
 def _refuse(target: Target, why: str, fix: str) -> None:
     headline = "The target's devices are not available."
-    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))
+    raise MeshError.of(headline, str(target), why, fix)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -9,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .._core.errors import ConfigError, Problem, did_you_mean, format_problems
-from ..config import load_config
+from .._core.errors import ConfigError, did_you_mean
+from ..config import Config, load_config
 from ..mesh import MeshSpec
 from ..step import StepSpec
 
@@ -37,6 +38,15 @@ class StepSource:
         """Whether `name` is `module:function`."""
         return ":" in self.name and not self.name.endswith(".py")
 
+    @functools.cached_property
+    def config(self) -> Config | None:
+        """The config, loaded once; None for a function.
+
+        Raises:
+          ConfigError: the file does not exist, or declares none.
+        """
+        return None if self.is_function else load_config(self.name or None, self.overrides)
+
     def to_request(self) -> dict[str, Any]:
         """The source as plain values."""
         return {
@@ -59,7 +69,8 @@ class StepSource:
         Raises:
           ConfigError: the file, module or function does not exist, or returns something else.
         """
-        return self._call() if self.is_function else self._config()
+        config = self.config
+        return (config.step_spec(), config.mesh) if config else self._call()
 
     def load_with_mesh(self) -> tuple[StepSpec, MeshSpec]:
         """Loads a step that is to be compiled, which takes a mesh.
@@ -71,10 +82,6 @@ class StepSource:
         if mesh is None:
             _refuse(self.name, "returned a StepSpec and no mesh to compile it for", _RETURNS)
         return spec, mesh
-
-    def _config(self) -> tuple[StepSpec, MeshSpec]:
-        config = load_config(self.name or None, list(self.overrides))
-        return config.step_spec(), config.mesh
 
     def import_function(self) -> Callable[..., Any]:
         """Imports the function from the working folder or the path.
@@ -120,6 +127,4 @@ class StepSource:
 
 
 def _refuse(name: str, why: str, fix: str) -> NoReturn:
-    raise ConfigError(
-        format_problems("The source does not declare a step.", [Problem(name, why)], fix)
-    )
+    raise ConfigError.of("The source does not declare a step.", name, why, fix)

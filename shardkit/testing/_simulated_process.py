@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from .._core.errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError
 from ..mesh import simulate_devices
 
 
@@ -40,10 +40,9 @@ def simulated_devices(n: int, function: Callable[..., Any], /, *args: Any, **kwa
     """
     if "<" in function.__qualname__:
         why = "is not a function that a child process can import by name"
-        problem = Problem(f"{function.__module__}.{function.__qualname__}", why)
         fix = "define it at the top level of a module, and pass its data as arguments"
         headline = f"simulated_devices({n}) cannot call this function."
-        raise MeshError(format_problems(headline, [problem], fix))
+        raise MeshError.of(headline, f"{function.__module__}.{function.__qualname__}", why, fix)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=_start_devices, initargs=(n,)

@@ -17,15 +17,9 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def append_atomic(file: int, text: str, *, sync: bool = False) -> None:
-    """Appends text to an open file: all of it, or none if the disk is full.
+    """Appends UTF-8 text to an open file with one writer: all of it, or none if the disk is full.
 
-    Args:
-      file: descriptor, open for appending, of a file with one writer.
-      text: written as UTF-8.
-      sync: whether to wait until the text is on disk.
-
-    Raises:
-      OSError: the write failed; the file is unchanged.
+    `sync` waits until it is on disk. After an OSError the file is unchanged.
     """
     size, unwritten = os.fstat(file).st_size, text.encode()
     try:
@@ -44,15 +38,9 @@ def write_atomic(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
     If the block raises, `path` is unchanged and the temporary file is deleted. Concurrent writers
     of one path have a temporary file each, and the last to finish wins. A replaced file keeps its
-    permissions, a new one has those of the umask, and a symbolic link stays one. A path that is
-    not a regular file (`/dev/stdout`, a pipe) cannot be replaced and is written to directly.
-
-    Args:
-      path: the file; its folder exists.
-      sync: whether to wait until the file and its name are on disk.
-
-    Raises:
-      OSError: the write failed.
+    permissions, a new one has those of the umask, and a symbolic link stays one. A path that is not
+    a regular file (`/dev/stdout`, a pipe) cannot be replaced and is written to directly. Its folder
+    exists; `sync` waits until the file and its name are on disk.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
@@ -105,12 +93,8 @@ class FileInUseError(Exception):
 def file_lock(path: Path) -> Iterator[int]:
     """Locks a file for this process, and creates it if needed; the lock ends with the process.
 
-    Yields:
-      A descriptor of the file, open for reading and appending.
-
-    Raises:
-      FileInUseError: another process holds the lock.
-      OSError: the file cannot be opened, or the file system has no locks.
+    Yields a descriptor, open for reading and appending. Raises FileInUseError if another process
+    holds the lock, OSError if the file cannot be opened, or the file system has no locks.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -139,16 +123,7 @@ def is_locked(path: Path) -> bool:
 def os_errors_as(
     kind: type[ShardkitError], headline: str, path: str | Path, fix: str
 ) -> Iterator[None]:
-    """Turns an `OSError` of the block into an error that names the path and a fix.
-
-    Args:
-      kind: type of the error.
-      headline: first line of the error.
-      path: the file or folder that is written.
-      fix: how to fix it.
-
-    Raises:
-      ShardkitError: of type `kind`, in place of any `OSError`.
+    """Turns an `OSError` of the block into an error of a kind that names the path and a fix.
 
     >>> try:
     ...     with os_errors_as(ShardkitError, "Nothing was saved.", "a.csv", "another folder"):
@@ -167,7 +142,7 @@ def os_errors_as(
         other = Path(error.filename) if isinstance(error.filename, str) else None
         if other is not None and other.suffix != _TEMPORARY and other != Path(path):
             why += f": {other}"
-        raise kind(format_problems(headline, [Problem(str(path), f"{why}.", fix)])) from error
+        raise kind.of(headline, str(path), f"{why}.", fix) from error
 
 
 def local_path(
@@ -179,15 +154,8 @@ def local_path(
 ) -> Path:
     """Returns a path with `~` expanded; refuses URLs, which would become folders here.
 
-    Args:
-      path: as a user gives it.
-      kind: type of the error.
-      headline: first line of the error.
-      subject: names the setting in the error, by default the path itself.
-      fix: of the error, by default another path.
-
-    Raises:
-      ShardkitError: of type `kind`: a URL such as `s3://bucket/run`, or a path no system has.
+    Raises an error of type `kind` for a URL such as `s3://bucket/run`, or a path no system has. Its
+    subject is the setting, by default the path itself; its fix, by default, another path.
 
     >>> local_path("runs/first", ShardkitError)
     PosixPath('runs/first')

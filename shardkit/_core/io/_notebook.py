@@ -17,11 +17,7 @@ _LEFT, _RIGHT = ' style="text-align:left"', ' style="text-align:right"'
 
 
 def notebook_html(title: str, *parts: Part) -> str:
-    """Returns a titled card.
-
-    Args:
-      title: what it is.
-      *parts: a text is a paragraph, a mapping a list of facts, a table its first 12 rows.
+    """Returns a titled card: a paragraph per text, facts per mapping, 12 rows per table.
 
     >>> notebook_html("Ledger", "2 <rows>").endswith("<b>Ledger</b><div>2 &lt;rows&gt;</div></div>")
     True

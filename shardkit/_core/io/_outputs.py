@@ -15,15 +15,10 @@ _HEADLINE = "The figure cannot be saved."
 def check_figure_path(
     path: Path, suffixes: Sequence[str] = (".png", ".svg"), code: str = "--out {}"
 ) -> None:
-    """Checks that a figure can be drawn and its file written.
+    """Checks that a figure can be drawn and its file written; one ConfigError lists what is wrong.
 
-    Args:
-      path: the file.
-      suffixes: file formats that can be drawn.
-      code: how a user names the file, with `{}` in its place, for the fix.
-
-    Raises:
-      ConfigError: an unknown format, a missing folder, or matplotlib is not installed; lists all.
+    That is an unknown format, a missing folder, or that matplotlib is not installed. In its fix the
+    file stands in place of `{}` in `code`.
 
     >>> check_figure_path(Path("front.png"))
     """
@@ -46,12 +41,7 @@ def check_figure_path(
 def figure_file(path: Path, code: str = "--out {}") -> Iterator[Path]:
     """Yields a path to draw to, which is renamed to `path` when the block ends.
 
-    Args:
-      path: the file, accepted by `check_figure_path`.
-      code: as for `check_figure_path`.
-
-    Raises:
-      ConfigError: the file cannot be written.
+    The path is accepted by `check_figure_path`. Raises ConfigError if it cannot be written.
     """
     fix, path = code.format(f"plot{path.suffix}"), path.expanduser()
     with os_errors_as(ConfigError, _HEADLINE, path, fix), write_atomic(path) as temporary:
@@ -59,14 +49,10 @@ def figure_file(path: Path, code: str = "--out {}") -> Iterator[Path]:
 
 
 def check_outputs(options: Mapping[str, str | None], name: str = "report") -> None:
-    """Checks that the files of several options can be written.
+    """Raises ConfigError with the file of every option that cannot be written.
 
-    Args:
-      options: option → file; None for an absent option, `-` for standard output.
-      name: stem of the file name in the fix.
-
-    Raises:
-      ConfigError: lists every file that cannot be written.
+    Options may be None for an absent one, `-` for standard output. Files in the fix have the stem
+    `name`.
     """
     problems = []
     for option, file in options.items():

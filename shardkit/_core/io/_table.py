@@ -90,12 +90,8 @@ class Table:
 def fold_text(text: str, width: int, indent: str = "") -> list[str]:
     """Breaks text into lines of at most `width` columns, between words or after a `/` or comma.
 
-    A longer word is broken after `.` or `_`, or else anywhere. Line breaks of the text are kept.
-
-    Args:
-      text: one line or several.
-      width: columns of a line.
-      indent: prefix of each line but the first.
+    A longer word is broken after `.` or `_`, or else anywhere. Line breaks of the text are kept;
+    each line but the first is indented.
 
     >>> fold_text("layers/attention is split", 12)
     ['layers/', 'attention is', 'split']

@@ -38,19 +38,10 @@ def context_parallel_attention(
 ) -> jax.Array:
     """Returns softmax(q kᵀ / √H + mask) v, the softmax in f32, without gathering a length.
 
-    The backward pass keeps the inputs in the compute layout, the output and one number per query;
-    it repeats the exchanges of keys and values instead of keeping what arrived.
-
-    Args:
-      query: [batch, length, heads, head_dim].
-      key: [batch, length, kv_heads, head_dim].
-      value: as `key`.
-      hidden: segments and windows.
-      options: causal mask and soft cap; `hidden` has the window.
-      layout: how devices exchange what they hold.
-
-    Returns:
-      [batch, length, heads, head_dim] in the dtype of the queries.
+    Queries and results are [batch, length, heads, head_dim] in the dtype of the queries, keys and
+    values [batch, length, kv_heads, head_dim]. The backward pass keeps the inputs in the compute
+    layout, the output and one number per query; it repeats the exchanges of keys and values instead
+    of keeping what arrived. The window is in `hidden`, causal mask and soft cap in `options`.
     """
     # By position: a `custom_vjp` hands all six on so.
     arguments = (query, key, value, hidden, options, layout)
@@ -89,15 +80,10 @@ context_parallel_attention.defvjp(_attention_fwd, _attention_bwd)
 @final
 @dataclasses.dataclass(frozen=True)
 class ContextAttention(Override):
-    """Attention over a length that `axis` splits.
+    """Attention over a length that `axis` splits."""
 
-    Attributes:
-      attention: `"ring"` or `"all_to_all"`.
-      kv_heads: `"split"` or `"replicate"`, see `context`.
-    """
-
-    attention: str = "ring"
-    kv_heads: str = "split"
+    attention: str = "ring"  # `"ring"` or `"all_to_all"`
+    kv_heads: str = "split"  # `"split"` or `"replicate"`, see `context`
 
     def __call__(
         self, around: StepContext, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any

@@ -43,21 +43,13 @@ class Hidden(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionLayout(abc.ABC):
-    """Which mesh axes split the arrays of attention, and how devices exchange them.
+    """Which mesh axes split the arrays of attention, and how devices exchange them."""
 
-    Attributes:
-      mesh: the device mesh.
-      axis: the mesh axis that splits the length.
-      row_axes: mesh axes that split the rows.
-      head_axes: mesh axes that split heads and key heads.
-      vmapped_axes: mesh axes that an enclosing `jax.vmap` splits over.
-    """
-
-    mesh: Mesh
-    axis: str
-    row_axes: Axes
-    head_axes: Axes
-    vmapped_axes: Axes = ()
+    mesh: Mesh  # the device mesh
+    axis: str  # the mesh axis that splits the length
+    row_axes: Axes  # mesh axes that split the rows
+    head_axes: Axes  # mesh axes that split heads and key heads
+    vmapped_axes: Axes = ()  # mesh axes that an enclosing `jax.vmap` splits over
 
     @property
     def size(self) -> int:
@@ -77,9 +69,7 @@ class AttentionLayout(abc.ABC):
     def attend(self, inputs: Inputs, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, N, H] in the dtype of q, and f32[B, T, N], logarithms of softmax sums.
 
-        Args:
-          inputs: q, k, v and what is hidden, in the compute layout.
-          options: causal mask and soft cap.
+        Inputs are q, k, v and what is hidden, in the compute layout.
         """
 
         def body(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -94,10 +84,7 @@ class AttentionLayout(abc.ABC):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the gradients of q, k and v in their dtypes; the softmax is computed again.
 
-        Args:
-          inputs: as for `attend`.
-          cotangents: lse and delta f32[B, T, N], g [B, T, N, H].
-          options: as for `attend`.
+        Cotangents are lse and delta f32[B, T, N], g [B, T, N, H]; the others as for `attend`.
         """
 
         def body(inputs: Inputs, cotangents: Cotangents) -> Any:
@@ -127,13 +114,7 @@ class AttentionLayout(abc.ABC):
 
     @abc.abstractmethod
     def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
-        """One device's queries against the keys of all devices.
-
-        Args:
-          queries: the device's own.
-          keys: the device's own.
-          options: causal mask and soft cap.
-        """
+        """One device's queries against the keys of all devices, of which it has its own."""
 
     @abc.abstractmethod
     def attend_shard_backward(

@@ -47,29 +47,18 @@ class Keys(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass knows of each query, from the softmax over all keys.
+    """What the backward pass knows of each query, from the softmax over all keys."""
 
-    Attributes:
-      lse: f32[B, K, G, T], logarithm of the softmax sum.
-      delta: f32[B, K, G, T], sum over H of the output times its cotangent.
-      g: [B, K, G, T, H], cotangent of the output.
-    """
-
-    lse: jax.Array
-    delta: jax.Array
-    g: jax.Array
+    lse: jax.Array  # f32[B, K, G, T], logarithm of the softmax sum
+    delta: jax.Array  # f32[B, K, G, T], sum over H of the output times its cotangent
+    g: jax.Array  # [B, K, G, T, H], cotangent of the output
 
 
 def attend(queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
     """Returns softmax(q kᵀ / √H + mask) v, and the logarithm of each query's softmax sum.
 
-    Args:
-      queries: T queries.
-      keys: S keys.
-      options: causal, query t sees the keys 0 … t alone, and S = T; and the soft cap.
-
-    Returns:
-      f32[B, K, G, T, H] and f32[B, K, G, T].
+    Of T queries and S keys that is f32[B, K, G, T, H] and f32[B, K, G, T]. Causal, query t sees the
+    keys 0 … t alone, and S = T.
     """
     tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], options.causal)
     queries, keys, pairs = _order_after_queries(queries, keys, tiles.pairs)
@@ -97,11 +86,7 @@ def attend_backward(
 ) -> Gradients:
     """Returns what these keys add to the gradients of q, k and v, each in f32.
 
-    Args:
-      queries: as for `attend`.
-      keys: as for `attend`; some of the keys that the softmax is over.
-      cotangents: of the softmax over all keys.
-      options: as for `attend`.
+    They are some of the keys that the softmax of the cotangents is over.
     """
     tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], options.causal)
     queries, keys, pairs = _order_after_queries(queries, keys, tiles.pairs)

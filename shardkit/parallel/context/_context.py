@@ -48,10 +48,7 @@ from ._attention import LAYOUTS, ContextAttention
 def ring_bytes(n: int, keys_and_values: float, layers: int) -> float:
     """Bytes per device: blocks of K and V forward; K, V and their gradients backward.
 
-    Args:
-      n: devices in the ring.
-      keys_and_values: bytes of K and V of one device's block of the length.
-      layers: attention layers.
+    In a ring of n devices each has K and V of one block of the length.
 
     >>> ring_bytes(4, 1000, 1)
     9000.0
@@ -62,11 +59,7 @@ def ring_bytes(n: int, keys_and_values: float, layers: int) -> float:
 def all_to_all_bytes(n: int, queries: float, keys_and_values: float, layers: int) -> float:
     """Bytes per device: q, k, v and outputs exchange length for heads and back, in both passes.
 
-    Args:
-      n: devices that share a length.
-      queries: bytes of the queries of one device's block of the length, or of its outputs.
-      keys_and_values: bytes of its K and V.
-      layers: attention layers.
+    Among n devices each has queries, or outputs, and K and V of one block of the length.
 
     >>> all_to_all_bytes(4, 1000, 1000, 1)
     4500.0

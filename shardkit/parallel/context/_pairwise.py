@@ -31,8 +31,7 @@ from ._zigzag import Pairs, ZigzagAttention
 def tournament(n: int) -> np.ndarray:
     """Rounds in which each of an even number of devices meets every other one once.
 
-    Returns:
-      i32[n - 1, n], the partner of each device in each round.
+    It is i32[n - 1, n], the partner of each device in each round.
 
     >>> tournament(4).tolist()
     [[3, 2, 1, 0], [2, 3, 0, 1], [1, 0, 3, 2]]

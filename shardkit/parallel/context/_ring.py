@@ -164,12 +164,8 @@ def accumulate_block(
 ) -> Partial:
     """Merges attention to the visible pieces of another device's block into a partial result.
 
-    Args:
-      partial: the result so far, as `RingSchedule.split` stacks it, and so the queries and block.
-      queries: this device's.
-      block: another device's.
-      visible: as `RingSchedule.visible` pairs the pieces.
-      options: of the attention; these pieces have no causal mask among them.
+    Result, queries and block are stacked by `RingSchedule.split`; its `visible` pairs the pieces,
+    which have no causal mask among them.
     """
     whole = options._replace(causal=False)
 
@@ -191,13 +187,7 @@ def accumulate_block_backward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Adds a block's share to the gradient of the queries; returns the gradients of its k and v.
 
-    Args:
-      dq: f32, the sum so far; stacked like the other arrays, as for `accumulate_block`.
-      queries: this device's.
-      cotangents: of these queries.
-      block: another device's.
-      visible: as for `accumulate_block`.
-      options: as for `accumulate_block`.
+    The sum so far is f32. All arrays are stacked, and pieces visible, as for `accumulate_block`.
     """
     whole = options._replace(causal=False)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (block.k, block.v))

@@ -21,15 +21,10 @@ RunMlp = Callable[[jax.Array, Callable[..., jax.Array]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroups:
-    """The devices along one mesh axis form a group; the other axes that split rows number them.
+    """The devices along one mesh axis form a group; the other axes that split rows number them."""
 
-    Attributes:
-      around: the step; which axes split the rows, and in what order.
-      axis: the axis that tokens are sent over.
-    """
-
-    around: StepContext
-    axis: str
+    around: StepContext  # the step; which axes split the rows, and in what order
+    axis: str  # the axis that tokens are sent over
 
     @property
     def devices(self) -> int:

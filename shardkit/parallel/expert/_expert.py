@@ -131,8 +131,7 @@ class ExpertExchange(Override):
     def __call__(self, around: StepContext, plain: Any, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns what `plain(x, choice, share, weights, mlp, capacity)` would.
 
-        Raises:
-          StepError: the axis does not divide the number of experts.
+        Raises StepError if the axis does not divide the number of experts.
         """
         return _run_experts(ExpertGroups(around, self.axis), *args, **kwargs)
 

@@ -35,17 +35,11 @@ Runner = Callable[..., jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RaggedExchange:
-    """How many rows each device sends to each other one, and their offsets on both.
+    """How many rows each device sends to each other one, and their offsets on both."""
 
-    Attributes:
-      sizes: i32[G, D, D], rows from one device (dim 1) to another (dim 2).
-      input_offsets: i32[G, D, D], where they begin on the device that sends them.
-      output_offsets: i32[G, D, D], where they begin on the device that receives them.
-    """
-
-    sizes: jax.Array
-    input_offsets: jax.Array
-    output_offsets: jax.Array
+    sizes: jax.Array  # i32[G, D, D], rows from one device (dim 1) to another (dim 2)
+    input_offsets: jax.Array  # i32[G, D, D], where they begin on the device that sends them
+    output_offsets: jax.Array  # i32[G, D, D], where they begin on the device that receives them
 
     @classmethod
     def of(cls, counts_GDX: jax.Array) -> "RaggedExchange":
@@ -77,9 +71,7 @@ class RaggedExchange:
 def received_experts(counts_GDX: jax.Array, capacity: int) -> jax.Array:
     """i32[G, D, capacity]: which of a device's own experts each received row is for.
 
-    Args:
-      counts_GDX: as `RaggedExchange.of` takes it.
-      capacity: rows of the buffer; those behind the received ones get X / D, past the last expert.
+    Rows of the buffer behind the received ones get X / D, past the last expert.
     """
     groups, devices, number = counts_GDX.shape
     own = number // devices
@@ -123,13 +115,8 @@ def exchange(
 ) -> jax.Array:
     """[G, D, capacity, E]: the received rows, in the order of their senders; zeros behind them.
 
-    Args:
-      run: `(function, *arrays) -> function(*arrays)` for arrays [G, D, ...], on the devices that
-        hold them, where the function can use the collectives of `axis`; or locally.
-      axis: mesh axis of the devices.
-      capacity: rows of a receiver's buffer.
-      x_GDRE: rows of each device.
-      plan: which of them go where.
+    `run(function, *arrays)` computes it of arrays [G, D, ...] on the devices that hold them, where
+    the function can use the collectives of `axis`; or locally. The plan says which rows go where.
     """
 
     # Gradient shards, which `vmap` maps over, become more groups.

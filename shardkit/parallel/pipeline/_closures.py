@@ -20,12 +20,8 @@ def closure_problems(
     """Every differentiated array that a function uses and does not take as an argument.
 
     A pipeline computes the gradients of its arguments together with the loss, so it knows of no
-    other array.
-
-    Args:
-      name: of the argument of `sk.nn.layer_stack`: `layer`.
-      function: the user's.
-      args: its arguments, arrays or abstract ones.
+    other array. `name` is that of the argument of `sk.nn.layer_stack`: `layer`; arguments may be
+    abstract.
     """
     traced = jax.make_jaxpr(function)(*args)
     constant = jnp.zeros(()) + 0.0

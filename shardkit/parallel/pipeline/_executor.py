@@ -30,62 +30,40 @@ TickRow = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StageState:
-    """What a device carries from tick to tick.
+    """What a device carries from tick to tick."""
 
-    Attributes:
-      slots: `[slots + 1, ...]` for each array of a message.
-      layer_grads: gradients of its layers, [chunks, depth, ...], f32 at least; None for an array
-        that is not trained, and in an evaluation.
-      outer_grads: the same of the parameters outside the layers.
-      outputs: what `last` returned, summed, each scalar as a `Mean`.
-    """
-
-    slots: PyTree
+    slots: PyTree  # `[slots + 1, ...]` for each array of a message
+    # gradients of its layers, [chunks, depth, ...], f32 at least; None for an array that is not
+    # trained, and in an evaluation
     layer_grads: PyTree
-    outer_grads: PyTree
-    outputs: PyTree
+    outer_grads: PyTree  # the same of the parameters outside the layers
+    outputs: PyTree  # what `last` returned, summed, each scalar as a `Mean`
 
 
 @dataclasses.dataclass(frozen=True)
 class StageExecutor:
-    """The functions and arrays of one device along the pipeline.
+    """The functions and arrays of one device along the pipeline."""
 
-    Attributes:
-      axis: the mesh axis of the stages.
-      first: the function before the layers.
-      layer: one layer.
-      last: the function after them.
-      trained: for each array of `outer_params` and of `weights` whether it has a gradient.
-      outer_params: parameters of `first` and `last`.
-      weights: `[chunks, depth, ...]`, parameters of this stage's layers.
-      is_layer: bool[chunks, depth], false for padding; None where there is none.
-      layer_counts: places that are padding, and that are layers, on all stages.
-      rows: pytree of `[micro-batch rows, micro-batches, ...]`, and scalars.
-      keys: `(micro-batch) → (key of first, keys of the layers [chunks, depth])`; or Nones.
-      program: slots and exchanges of the schedule.
-    """
-
-    axis: str
-    first: First
-    layer: Layer
-    last: Last
+    axis: str  # the mesh axis of the stages
+    first: First  # the function before the layers
+    layer: Layer  # one layer
+    last: Last  # the function after them
+    # for each array of `outer_params` and of `weights` whether it has a gradient
     trained: tuple[PyTree, PyTree]
-    outer_params: Params
-    weights: Params
-    is_layer: jax.Array | None
-    layer_counts: tuple[int, int]
-    rows: PyTree
+    outer_params: Params  # parameters of `first` and `last`
+    weights: Params  # `[chunks, depth, ...]`, parameters of this stage's layers
+    is_layer: jax.Array | None  # bool[chunks, depth], false for padding; None where there is none
+    layer_counts: tuple[int, int]  # places that are padding, and that are layers, on all stages
+    rows: PyTree  # pytree of `[micro-batch rows, micro-batches, ...]`, and scalars
+    # `(micro-batch) → (key of first, keys of the layers [chunks, depth])`; or Nones
     keys: Callable[[jax.Array], tuple[Any, Any]]
-    program: TickProgram
+    program: TickProgram  # slots and exchanges of the schedule
 
     def run(self, stage: jax.Array, message: PyTree, outputs: PyTree, train: bool) -> StageState:
-        """Executes all ticks.
+        """Executes all ticks of stage i32[], number of this device's.
 
-        Args:
-          stage: i32[], number of this device's stage.
-          message: `jax.ShapeDtypeStruct`s of what is sent between stages.
-          outputs: the same for what `last_outputs` returns.
-          train: whether to compute gradients.
+        `message` has the `jax.ShapeDtypeStruct`s of what is sent between stages, `outputs` those of
+        what `last_outputs` returns. Gradients are computed if `train`.
         """
         # A tick is one `switch` over what to compute and one over what to exchange. 1F1B with 2
         # stages and 2 micro-batches (the last stage's F0 and F1 are part of its B0 and B1):

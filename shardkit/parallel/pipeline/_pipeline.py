@@ -58,9 +58,7 @@ _FROM_PARAMS = Problem(
 def pipeline_bytes(n: int, activation: float) -> float:
     """Bytes per device: one A over each of n − 1 stage boundaries, each way; mean over n stages.
 
-    Args:
-      n: stages.
-      activation: bytes of the activations of all micro-batches of one device.
+    A is the activations of all micro-batches of one device.
 
     >>> pipeline_bytes(4, 1000), pipeline_bytes(2, 1000)
     (1500.0, 1000.0)
@@ -183,18 +181,12 @@ def _number_problems(name: str, micro: object, virtual: object, sizes: object) -
 @final
 @dataclasses.dataclass(frozen=True)
 class PipelinedLayers(Override):
-    """Overrides `sk.nn.layer_stack` with a pipeline.
+    """Overrides `sk.nn.layer_stack` with a pipeline."""
 
-    Attributes:
-      schedule: name of the schedule.
-      micro_batches: m.
-      virtual_stages: v.
-      layers_per_stage: layers of each virtual stage, or None for even ones.
-    """
-
-    schedule: str
-    micro_batches: int
-    virtual_stages: int = 1
+    schedule: str  # name of the schedule
+    micro_batches: int  # m
+    virtual_stages: int = 1  # v
+    # layers of each virtual stage, or None for even ones
     layers_per_stage: tuple[int, ...] | None = None
 
     def incompatibilities(self, accumulate: Accumulate, reduce_separately: bool) -> list[Problem]:

@@ -30,17 +30,11 @@ class PassType(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Action:
-    """What one stage does in one tick.
+    """What one stage does in one tick."""
 
-    Attributes:
-      pass_type: the pass.
-      micro: number of the micro-batch.
-      chunk: virtual stage of this stage, from 0.
-    """
-
-    pass_type: PassType
-    micro: int
-    chunk: int = 0
+    pass_type: PassType  # the pass
+    micro: int  # number of the micro-batch
+    chunk: int = 0  # virtual stage of this stage, from 0
 
 
 TickRow = tuple[Action | None, ...]

@@ -54,27 +54,17 @@ class LayerStackCall:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineProgram:
-    """One `sk.nn.layer_stack` call on one mesh.
+    """One `sk.nn.layer_stack` call on one mesh."""
 
-    Attributes:
-      call: its arguments.
-      around: the step.
-      stage_layout: which layers each stage works on.
-      draws: which random draws grow with the rows, and how the rows are split.
-      words: u32[layers + 1, 2], data of the keys of the layers and of `first`; None for no key.
-      message: what is sent between stages, abstract.
-      returned: what `last` returns, abstract.
-      outputs: the same with every scalar as a `Mean`.
-    """
-
-    call: LayerStackCall
-    around: StepContext
-    stage_layout: StageLayout
-    draws: RandomDraws
+    call: LayerStackCall  # its arguments
+    around: StepContext  # the step
+    stage_layout: StageLayout  # which layers each stage works on
+    draws: RandomDraws  # which random draws grow with the rows, and how the rows are split
+    # u32[layers + 1, 2], data of the keys of the layers and of `first`; None for no key
     words: jax.Array | None
-    message: PyTree
-    returned: Any
-    outputs: PyTree
+    message: PyTree  # what is sent between stages, abstract
+    returned: Any  # what `last` returns, abstract
+    outputs: PyTree  # the same with every scalar as a `Mean`
 
     @classmethod
     def of(
@@ -87,9 +77,8 @@ class PipelineProgram:
     ) -> "PipelineProgram":
         """Traces the functions with the rows of one micro-batch of one device.
 
-        Raises:
-          StepError: stages would send something else than floating-point arrays, compute in
-            float16, or the random draws of the loss cannot be split by rows.
+        Raises StepError if stages would send something else than floating-point arrays, compute in
+        float16, or the random draws of the loss cannot be split by rows.
         """
         devices = math.prod(around.mesh.shape[axis] for axis in manual_row_axes(around))
         parts = devices * micro_batches
@@ -127,11 +116,8 @@ class PipelineProgram:
     def train(self, table: PipelineSchedule, trained: Any, *args: Any) -> tuple[Any, Any]:
         """Runs a training table on the same; returns gradients of both parameters as well.
 
-        Args:
-          table: of the schedule.
-          trained: for each array of `(outer_params, layers)` whether it has a gradient; of others
-            it is None.
-          *args: as for `evaluate`.
+        `trained` says for each array of `(outer_params, layers)` whether it has a gradient; of
+        others it is None.
         """
         sums, *grads = self._run(table, trained, *args)
         return self._format(sums), tuple(grads)

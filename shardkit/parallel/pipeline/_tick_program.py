@@ -37,21 +37,15 @@ class Branch(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class TickProgram:
-    """What each device reads in each tick.
+    """What each device reads in each tick."""
 
-    Attributes:
-      columns: `{name: i32[ticks, stages]}`: `branch`, `micro`, `chunk`, `first` and `last` (whether
-        the part is the first or last of the layers), `input` and `grad` (slots that are read, or
-        written by the stage itself), `arrival0` and `arrival1` (slots of what an exchange brings).
-      exchange: i32[ticks], which of `exchanges` follows a tick.
-      exchanges: the distinct ones.
-      slots: number of slots; one more, after the last, takes messages that no stage needs.
-    """
-
+    # `{name: i32[ticks, stages]}`: `branch`, `micro`, `chunk`, `first` and `last` (whether the part
+    # is the first or last of the layers), `input` and `grad` (slots that are read, or written by
+    # the stage itself), `arrival0` and `arrival1` (slots of what an exchange brings)
     columns: dict[str, np.ndarray]
-    exchange: np.ndarray
-    exchanges: tuple[Exchange, ...]
-    slots: int
+    exchange: np.ndarray  # i32[ticks], which of `exchanges` follows a tick
+    exchanges: tuple[Exchange, ...]  # the distinct ones
+    slots: int  # number of slots; one more, after the last, takes messages that no stage needs
 
     def flag_counts(self, flag: str, branch: Branch) -> np.ndarray:
         """Ticks of a branch, on all stages, without a flag and with it: i64[2]."""

@@ -5,7 +5,7 @@ the ledger's total. The optimizer's own collectives are part of it, and are told
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ._ledger import Ledger, LedgerRow
 from ._minimum import Minimum, divide_row
@@ -46,16 +46,9 @@ def measure_traffic(
     minima: Sequence[Minimum] = (),
     reductions: Mapping[str, float] | None = None,
 ) -> tuple[AxisTraffic, ...]:
-    """Adds up what is sent over each mesh axis; the sum of `sent` is `ledger.total()`.
+    """Adds up what is sent over each mesh axis, in mesh order; `sent` sums to `ledger.total()`.
 
-    Args:
-      ledger: the collectives of a step.
-      splitting: mesh axes that split parameters.
-      minima: the textbook minima of axes.
-      reductions: axis that splits the batch → how often each gradient is reduced over it.
-
-    Returns:
-      An entry for each axis of the mesh, in its order; one more where collectives span no axis.
+    `splitting` are the axes that split parameters. "" is the axis of collectives that span none.
     """
     known = {minimum.axis: minimum for minimum in minima}
     return tuple(
@@ -83,6 +76,8 @@ def _measure_axis(
     reductions: float | None,
     complete: bool,
 ) -> AxisTraffic:
+    # Windowed permutes may reduce gradients too.
+    hidden = any(row.windowed and row.phase in ("backward", "recompute") for row, _ in rows)
     return AxisTraffic(
         axis=axis,
         sent=sum(sent for _, sent in rows),
@@ -93,11 +88,5 @@ def _measure_axis(
         minimum=least.bytes if least else None,
         ratio=least.ratio if least else None,
         reductions=reductions,
-        reductions_complete=complete and not any(_hidden_reductions(rows)),
+        reductions_complete=complete and not hidden,
     )
-
-
-def _hidden_reductions(rows: Sequence[tuple[LedgerRow, int]]) -> Iterator[bool]:
-    """Whether windowed permutes may reduce gradients too."""
-    for row, _ in rows:
-        yield row.windowed and row.phase in ("backward", "recompute")

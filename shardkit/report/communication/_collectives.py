@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..._core.scope_markers import branch_shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
-from ..hlo._op_paths import OpPaths
+from ..hlo._neighbours import OpPaths
 from ..hlo._slices import Slices, crosses_slices, find_recv, kind_of_transfer
 from ..hlo._trips import TripCounts
 
@@ -58,22 +58,17 @@ class CallPath:
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveSite:
-    """A collective and how the program reaches it; see `LedgerRow` for the fields.
-
-    Attributes:
-      path: the calls to it; `overlapped` and `op_name` are its own.
-      dcn: it crosses slices.
-      copies: its other (computation, instruction): the TPU compiler runs a collective in pieces
-        behind the compute of a chain of fusions, each of which has a copy of it.
-    """
+    """A collective and how the program reaches it; see `LedgerRow` for the fields."""
 
     kind: str
     instruction: Instruction
     computation: str
     operands: tuple[Shape, ...]
     span: Span
-    path: CallPath
-    dcn: bool = False
+    path: CallPath  # the calls to it; `overlapped` and `op_name` are its own
+    dcn: bool = False  # it crosses slices
+    # its other (computation, instruction): the TPU compiler runs a collective in pieces behind the
+    # compute of a chain of fusions, each of which has a copy of it
     copies: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -14,12 +14,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..._core.source import Source
-from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction
 from ..hlo._readers import find_fusion, moves, nearest_maker, nearest_readers
 from ..hlo._scope import last_name, phase_of
 from ..hlo._source_lines import Sources, result_names
-from ..hlo._sources import ComputedError
+from ..hlo._sources import ComputedError, find_argument
 from ._entries import PRODUCTS, find_entry, splits_matrix
 from ._governing import find_governing
 from ._ledger import Ends, Ledger, LedgerRow

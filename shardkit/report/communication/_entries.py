@@ -27,16 +27,11 @@ _FORMS = ("convert_element_type", "transpose")
 
 
 def find_entry(program: "Program", axes: Sequence[str]) -> Source | None:
-    """The only line at which axes come to split a dim that is not the rows.
+    """The only line at which axes come to split a dim that is not the rows; None if there are more.
 
-    Args:
-      program: the compiled step, with its jaxpr.
-      axes: mesh axes.
-
-    Returns:
-      The line of a constraint, or that which first reads an argument; None if there is no such
-      line, or if there are several. Beside products, whose results may be split or summed as they
-      should be, it is the only one at which something else reads a matrix split along its rows.
+    It is a constraint's, or that which first reads an argument. Beside products, whose results may
+    be split or summed as they should be, it is the only one at which something else reads a matrix
+    split along its rows.
     """
     found, spread = dict[tuple[str, int], Source](), dict[tuple[str, int], Source]()
     for one in program.declared.governing:

@@ -56,18 +56,11 @@ def find_governing(
     *,
     any_split: bool = False,
 ) -> Source | None:
-    """The line of the only constraint that governs an operation and forbids its layout.
+    """The line of the only constraint that governs an operation and forbids its layout, or None.
 
-    Args:
-      source: the line of the operation next to a collective.
-      axes: mesh axes of the collective, which gathers or reshards over them.
-      constraints: those of the step.
-      batch_axes: mesh axes that split the rows of the batch.
-      any_split: a constraint that splits over these axes counts too. So it is for a weight that is
-        gathered: were its own dim of the product split, nothing would be.
-
-    Returns:
-      None if there is none, or if there are several lines.
+    `source` is the line of the operation next to a collective over `axes`. With `any_split` a
+    constraint that splits over these axes counts too. So it is for a weight that is gathered: were
+    its own dim of the product split, nothing would be.
     """
     line = (source.file, source.line)
     lines = {

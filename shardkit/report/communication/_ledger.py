@@ -246,7 +246,8 @@ class Ledger(Sequence[LedgerRow]):
             for row in self.rows
             if (kind is None or row.kind == kind)
             and (phase is None or row.phase == phase)
-            and (axis is None or _row_spans(row, axis))
+            and (not isinstance(axis, str) or axis in row.axes)
+            and (not isinstance(axis, tuple) or set(axis) == set(row.axes))
         ]
 
     def total(self, axis: str | Axes | None = None, kind: str | None = None) -> int:
@@ -271,10 +272,6 @@ class Ledger(Sequence[LedgerRow]):
                 raise ReportError(f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}")
         if kind is not None and kind.replace("_", "-") not in KINDS:
             raise ReportError(f"There is no collective {kind!r}.{did_you_mean(kind, KINDS)}")
-
-
-def _row_spans(row: LedgerRow, axis: str | Axes) -> bool:
-    return axis in row.axes if isinstance(axis, str) else set(axis) == set(row.axes)
 
 
 def wire_bytes(kind: str, payload: int, group: int) -> float:

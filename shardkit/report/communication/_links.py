@@ -22,17 +22,11 @@ ASSUMPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """The network that a mesh has.
+    """The network that a mesh has."""
 
-    Attributes:
-      chip: the device.
-      mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: mesh axes that cross slices, over the network between hosts.
-    """
-
-    chip: Chip
-    mesh: tuple[tuple[str, int], ...]
-    dcn: tuple[str, ...] = ()
+    chip: Chip  # the device
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes, in the mesh's order
+    dcn: tuple[str, ...] = ()  # mesh axes that cross slices, over the network between hosts
 
     def seconds(self, row: LedgerRow) -> float:
         """Time of one execution of a collective."""
@@ -49,12 +43,7 @@ class Links:
         return latency + sent / self.bandwidth(row.axes, row.kind == "collective-permute")
 
     def bandwidth(self, axes: Sequence[str], one_way: bool = False) -> float:
-        """Bytes/s that one device sends over mesh axes.
-
-        Args:
-          axes: the mesh axes, all at once.
-          one_way: in one direction of the ring, as a permute.
-        """
+        """Bytes/s that one device sends over mesh axes, all at once; one way as for a permute."""
         if self.uses_network(axes):
             return self.chip.network
         return self.chip.link if one_way else self.chip.rate(len(axes))

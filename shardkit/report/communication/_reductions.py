@@ -21,18 +21,11 @@ def gradient_reductions(
     """Arrays of gradients that are reduced over an axis, each with its row and its elements.
 
     These are all-reduces and reduce-scatters of arrays in the backward pass and the step's own
-    reduction; in the forward pass, where some losses make their gradients, only those of arrays
-    the size of a parameter's gradient. What the update reduces is the optimizer's own arithmetic.
+    reduction; in the forward pass, where some losses make their gradients, only those of arrays the
+    size of a parameter's gradient. What the update reduces is the optimizer's own arithmetic.
 
-    Args:
-      ledger: the collectives.
-      axis: a mesh axis.
-      leaves: the arguments of the step, its parameters among them.
-      sizes: mesh axis → size.
-
-    Returns:
-      Rows with the elements of one execution on one device, as if other axes that split parameters
-      had been reduced over before.
+    Elements are those of one execution on one device, as if other axes that split parameters had
+    been reduced over before.
     """
     params = [leaf for leaf in leaves if leaf.part == "params"]
     splitting = {name for leaf in params for name in leaf.axes()}
@@ -59,12 +52,6 @@ def repeats_reductions(
 
     A loop over layers reduces a layer's gradient in each trip, so no more often than there are
     layers; loops over micro-batches or over the ticks of a pipeline reduce the same one again.
-
-    Args:
-      ledger: the collectives.
-      axis: a mesh axis.
-      leaves: the arguments of the step, its parameters among them.
-      sizes: mesh axis → size.
     """
     most: dict[float, int] = {}
     for leaf in leaves:
@@ -89,12 +76,6 @@ def reductions_per_step(
 
     A device's gradient is what it holds before the reduction: split over the axes that split the
     parameter, other than `axis` itself.
-
-    Args:
-      ledger: the collectives.
-      axis: a mesh axis.
-      leaves: the arguments of the step, its parameters among them.
-      sizes: mesh axis → size.
     """
     params = [leaf for leaf in leaves if leaf.part == "params"]
     gradient = sum(_gradient_size(leaf, axis, sizes) for leaf in params)

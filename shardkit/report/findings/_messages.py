@@ -22,28 +22,19 @@ _NAMED = re.compile(r"mesh\[(?P<sizes>[^\]]*)\].*?, \[(?P<dims>.*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class InvoluntaryRemat:
-    """One involuntary full rematerialization.
+    """One involuntary full rematerialization."""
 
-    Attributes:
-      scope: the model's scope.
-      shape: `f32[8,16,32]`, whole.
-      source: the spec it has, `P('data', None)`; XLA's own text if it is not a spec.
-      target: the spec that it goes to.
-      axes: mesh axes in either.
-      nbytes: bytes of the whole array, which every device holds temporarily.
-      between: mesh axes per dim of a spec that moves one axis of the source to its dim in the
-        target; () if there is none.
-      place: what the message says of the source of the operation that makes the array, as
-        `place_of` reads it from the compiled program.
-    """
-
-    scope: str
-    shape: str
-    source: str
-    target: str
-    axes: tuple[str, ...]
-    nbytes: int
+    scope: str  # the model's scope
+    shape: str  # `f32[8,16,32]`, whole
+    source: str  # the spec it has, `P('data', None)`; XLA's own text if it is not a spec
+    target: str  # the spec that it goes to
+    axes: tuple[str, ...]  # mesh axes in either
+    nbytes: int  # bytes of the whole array, which every device holds temporarily
+    # mesh axes per dim of a spec that moves one axis of the source to its dim in the target; () if
+    # there is none
     between: tuple[tuple[str, ...], ...] = ()
+    # what the message says of the source of the operation that makes the array, as `place_of` reads
+    # it from the compiled program
     place: str = ""
 
 

@@ -11,10 +11,9 @@ from ..._core.tracing import equations
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
-from ..hlo._arguments import find_argument
 from ..hlo._hlo import parse_shapes
 from ..hlo._source_lines import Sources
-from ..hlo._sources import ComputedError
+from ..hlo._sources import ComputedError, find_argument
 from ..memory._saved import SavedActivation, find_saved_activations
 from ._finding import SMALL, Finding, about_rows
 from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec

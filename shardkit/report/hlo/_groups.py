@@ -35,33 +35,21 @@ Mesh = Sequence[tuple[str, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The mesh axes that a collective spans.
+    """The mesh axes that a collective spans."""
 
-    Attributes:
-      axes: mesh axes along which members of one group differ, in mesh order.
-      size: devices in a group; for a permutation, positions along `axes`.
-      full_axes: each group has all devices along `axes`; False for a part, such as half of one.
-      senders: share of the devices that send; below 1 for a permutation that leaves some out.
-    """
-
-    axes: tuple[str, ...]
-    size: int
+    axes: tuple[str, ...]  # mesh axes along which members of one group differ, in mesh order
+    size: int  # devices in a group; for a permutation, positions along `axes`
+    # each group has all devices along `axes`; False for a part, such as half of one
     full_axes: bool = True
+    # share of the devices that send; below 1 for a permutation that leaves some out
     senders: fractions.Fraction = fractions.Fraction(1)
 
 
 def read_groups(text: str, devices: int) -> list[np.ndarray]:
-    """Reads `replica_groups` in any printed form.
+    """Reads `replica_groups` in any printed form: i64[size] positions per group.
 
-    Args:
-      text: the attribute, as printed.
-      devices: number of devices; `{}` means one group of all.
-
-    Returns:
-      i64[size] positions per group.
-
-    Raises:
-      ValueError: the text has an unknown form, or its groups are not a partition of the devices.
+    `{}` is one group of all. Raises ValueError if the form is unknown, or the groups are not a
+    partition of the devices.
 
     >>> [list(map(int, g)) for g in read_groups("[4,2]<=[2,2,2]T(0,2,1)", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -102,10 +90,7 @@ def read_pairs(text: str) -> np.ndarray:
 
 
 def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
-    """Finds the mesh axes that the groups span.
-
-    Raises:
-      ValueError: a position is outside of the mesh.
+    """Finds the mesh axes that groups span; raises ValueError for a position outside of the mesh.
 
     >>> span = span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
     >>> span.axes, span.size, span.full_axes

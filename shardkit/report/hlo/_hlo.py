@@ -65,28 +65,17 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction.
+    """One instruction."""
 
-    Attributes:
-      name: without the `%`.
-      opcode: `all-reduce`, `fusion`, `while` …
-      shapes: result arrays; a tuple is flattened.
-      type: text of the result's type, with tuples and layouts.
-      operands: names of its operands.
-      arguments: text between its parentheses: the value of a `constant`, the number of a
-        `parameter`.
-      rest: text of its attributes, not parsed; see `attrs`.
-      root: its value is the result of the computation.
-    """
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    type: str
-    operands: tuple[str, ...]
+    name: str  # without the `%`
+    opcode: str  # `all-reduce`, `fusion`, `while` …
+    shapes: tuple[Shape, ...]  # result arrays; a tuple is flattened
+    type: str  # text of the result's type, with tuples and layouts
+    operands: tuple[str, ...]  # names of its operands
+    # text between its parentheses: the value of a `constant`, the number of a `parameter`
     arguments: str
-    rest: str
-    root: bool = False
+    rest: str  # text of its attributes, not parsed; see `attrs`
+    root: bool = False  # its value is the result of the computation
 
     @functools.cached_property
     def attrs(self) -> dict[str, str]:
@@ -176,19 +165,12 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A parsed program.
+    """A parsed program."""
 
-    Attributes:
-      header: the `HloModule` line.
-      computations: by name.
-      entry: name of the computation that runs first; "" if the text has none.
-      problems: parts of the text that could not be read.
-    """
-
-    header: str
-    computations: dict[str, Computation]
-    entry: str
-    problems: tuple[str, ...] = ()
+    header: str  # the `HloModule` line
+    computations: dict[str, Computation]  # by name
+    entry: str  # name of the computation that runs first; "" if the text has none
+    problems: tuple[str, ...] = ()  # parts of the text that could not be read
 
     @functools.cached_property
     def callers(self) -> dict[str, list[tuple[Computation, Instruction]]]:

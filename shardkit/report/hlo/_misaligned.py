@@ -55,19 +55,12 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Misaligned:
-    """An instruction that combines parts which do not belong together.
+    """An instruction that combines parts which do not belong together."""
 
-    Attributes:
-      instruction: the instruction.
-      shape: of one of the arrays that it combines, on one device.
-      dim: the dim whose starts differ.
-      devices: number of devices on which they differ.
-    """
-
-    instruction: Instruction
-    shape: Shape
-    dim: int
-    devices: int
+    instruction: Instruction  # the instruction
+    shape: Shape  # of one of the arrays that it combines, on one device
+    dim: int  # the dim whose starts differ
+    devices: int  # number of devices on which they differ
 
 
 def find_misaligned(
@@ -75,11 +68,7 @@ def find_misaligned(
 ) -> tuple[Misaligned, ...]:
     """Walks a program from the parts that its arguments hold to those that its results must hold.
 
-    Args:
-      module: the parsed program.
-      arguments: of each entry parameter, in order.
-      results: of its first results, in order; they may be fewer than the program has.
-      devices: number of devices.
+    Both are in order; results may be fewer than the program has.
     """
     entry = module.computations.get(module.entry)
     if entry is None or len(entry.parameters) != len(arguments):

@@ -17,13 +17,7 @@ Compare = Callable[[int, Starts | None, Starts | None], Starts | None]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An instruction, and where it is.
-
-    Attributes:
-      instruction: the instruction.
-      here: its computation.
-      devices: number of devices that run the program.
-    """
+    """An instruction, its computation, and how many devices run the program."""
 
     instruction: Instruction
     here: Computation

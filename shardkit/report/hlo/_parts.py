@@ -137,8 +137,9 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
     """
     if _loses_a_dim(parts, source, target):
         return Parts((None,) * len(target))
-    kept = [dim for dim, size in enumerate(source) if size > 1 or not _is_whole(parts.dims[dim])]
-    parts, source = Parts(tuple(parts.dims[d] for d in kept)), [source[d] for d in kept]
+    pairs = zip(source, parts.dims, strict=True)
+    kept = [(size, at) for size, at in pairs if size > 1 or at is None or any(at)]
+    source, parts = [size for size, _ in kept], Parts(tuple(at for _, at in kept))
     dims: list[Starts | None] = [None] * len(target)
     for inside, outside in _equal_groups(source, target):
         old, new = [source[dim] for dim in inside], [target[dim] for dim in outside]
@@ -159,15 +160,12 @@ def _loses_a_dim(parts: Parts, source: Sequence[int], target: Sequence[int]) -> 
     A transpose moves it for nothing: `[8, 4, 1, 4, 4, 32] → [128, 128]` of patches, whose third dim
     is split, may have it in its rows or in its columns. The outermost is taken to stay there.
     """
-    split = [
-        s for s, size in zip(parts.dims, source, strict=True) if size == 1 and not _is_whole(s)
+    ones = [
+        dim
+        for dim, (starts, size) in enumerate(zip(parts.dims, source, strict=True))
+        if size == 1 and (starts is None or any(starts))
     ]
-    stays = len(split) > 0 and source[0] == 1 and not _is_whole(parts.dims[0])
-    return len(split) - stays > list(target[1:]).count(1)
-
-
-def _is_whole(starts: Starts | None) -> bool:
-    return starts is not None and not any(starts)
+    return len([dim for dim in ones if dim]) > list(target[1:]).count(1)
 
 
 def _regroup(

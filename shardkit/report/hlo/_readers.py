@@ -36,11 +36,8 @@ def nearest_readers(
 ) -> list[T]:
     """What the readers of an array tell that tell anything, the nearest first.
 
-    Args:
-      module: the compiled program.
-      here: the computation of the array.
-      names: of the instructions whose result the array is.
-      tell: what a reader knows; where it is None, those of its own result are asked.
+    The array is the result of the instructions `names`; where a reader tells None, those of its own
+    result are asked.
     """
     told: list[T] = []
     level: list[_Value] = [(here.name, name) for name in names]

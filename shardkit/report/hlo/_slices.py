@@ -66,15 +66,11 @@ def _matching_transfers(
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How a mesh is laid out on slices.
+    """How a mesh is laid out on slices."""
 
-    Attributes:
-      mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: mesh axis → slices along it, for the axes that cross slices. Slices are numbered in
-        the order of the mesh.
-    """
-
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes, in the mesh's order
+    # mesh axis → slices along it, for the axes that cross slices. Slices are numbered in the order
+    # of the mesh.
     dcn: Mapping[str, int]
 
     @property
@@ -88,11 +84,7 @@ class Slices:
         return dataclasses.replace(span, full_axes=full_axes)
 
     def read_span(self, send: Instruction) -> Span:
-        """Reads the mesh axes that a `send` between slices goes over.
-
-        Raises:
-          ValueError: its target has an unknown form.
-        """
+        """The mesh axes that a `send` between slices goes over; raises ValueError if unknown."""
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
         groups = _groups(send)
         span = span_of_groups(groups, grid)

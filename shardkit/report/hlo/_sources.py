@@ -1,15 +1,19 @@
-"""Where the value of an instruction comes from: one step back, through tuples, calls and loops."""
+"""Where the value of an instruction comes from: back through tuples, calls and loops."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from ._hlo import Instruction, Module
+from ._hlo import Computation, Instruction, Module
 
 SAME = frozenset(
     """copy copy-start copy-done bitcast convert reshape opt-barrier async-update async-done
     call-update call-done""".split()
 )
 """Operations whose result has the values of their operand, in their order."""
+_FORMS = SAME | frozenset(
+    """transpose slice dynamic-slice all-gather all-gather-start all-gather-done
+    collective-permute collective-permute-start collective-permute-done""".split()
+)
 _CALLS = frozenset({"fusion", "call", "call-start", "async-start"})
 
 
@@ -30,20 +34,38 @@ class Place:
         return module.computations[self.computation].instructions.get(self.name)
 
 
+def find_argument(module: Module, here: Computation, name: str) -> int | None:
+    """The number of the argument that an array is another form, or a part, of.
+
+    None if it is unknown, or one of several; raises ComputedError for a result of arithmetic. The
+    state of a loop is its initial value, or what the body makes of it. A loop over layers passes
+    their stack on, and slices one layer, perhaps the next one ahead:
+
+        all-gather(fusion(state[3], i)) → dynamic-slice(state[3]) → initial[3] → parameter(7)
+    """
+    arguments, visited = set[int | None](), set[Place]()
+    pending = [Place(here.name, name)]
+    while pending:
+        place = pending.pop()
+        if place in visited:
+            continue
+        visited.add(place)
+        instruction = place.instruction(module)
+        if instruction and instruction.opcode == "parameter" and place.computation == module.entry:
+            arguments.add(int(instruction.arguments))
+            continue
+        sources = find_sources(module, place, _FORMS)
+        arguments |= set() if sources else {None}
+        pending += sources
+    return arguments.pop() if len(arguments) == 1 else None
+
+
 def find_sources(module: Module, place: Place, forms: Collection[str] = SAME) -> Sequence[Place]:
-    """The same value one instruction earlier.
+    """The same value one instruction earlier: one place, or () if unknown.
 
-    Args:
-      module: the compiled program.
-      place: of the value.
-      forms: operations that keep the value, perhaps in another form.
-
-    Returns:
-      One place; for an element of a loop's state two: the initial value, and what the body makes
-      of it; () if unknown.
-
-    Raises:
-      ComputedError: the value is the result of an operation that is none of `forms`.
+    For an element of a loop's state two: the initial value, and what the body makes of it. Raises
+    ComputedError if the value is the result of an operation that is none of `forms`: those that
+    keep the value, perhaps in another form.
     """
     instruction = place.instruction(module)
     if instruction is None:

@@ -78,15 +78,7 @@ def build_history(
     phase_at: Callable[[int], str],
     sources: Sources,
 ) -> MemoryHistory:
-    """Draws a schedule as columns.
-
-    Args:
-      buffers: those that are not arguments.
-      moments: number of moments of the schedule.
-      classify: buffer → its class.
-      phase_at: moment → phase of the step.
-      sources: of the program.
-    """
+    """Draws a schedule of so many moments as columns; no buffer is an argument."""
     at = _fullest_of_parts(alive_bytes(buffers, moments))
     kinds: dict[str, list[Buffer]] = {}
     for buffer in buffers:

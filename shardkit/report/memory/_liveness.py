@@ -117,26 +117,19 @@ Value = Buffer | list["Value"]
 
 
 class Liveness:
-    """The buffers of one scheduled program and when each is alive.
-
-    Attributes:
-      moments: the instruction of each moment; moment 1 is at index 0.
-      problems: what could not be followed.
-    """
+    """The buffers of one scheduled program and when each is alive."""
 
     def __init__(self, module: Module, platform: str, weights: frozenset[int]) -> None:
-        """Walks a program.
+        """Walks a program that is scheduled and was read without problems.
 
-        Args:
-          module: the program, scheduled and read without problems.
-          platform: decides which memory space is main memory.
-          weights: numbers of the arguments that are parameters.
+        `platform` decides which memory space is main memory; `weights` numbers the arguments that
+        are parameters.
         """
         self._module, self._platform = module, platform
         self._buffers: list[Buffer] = []
         self._reuse_candidates: list[tuple[int, Buffer, list[Buffer]]] = []
-        self.moments: list[Instruction] = []
-        self.problems: list[str] = []
+        self.moments: list[Instruction] = []  # moment 1 is at index 0
+        self.problems: list[str] = []  # what could not be followed
         self._walk_entry(weights)
         for moment, result, operands in self._reuse_candidates:
             _reuse_operand(moment, result.alias_root, operands)

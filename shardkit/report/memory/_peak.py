@@ -118,10 +118,7 @@ class Peak:
 
 
 def find_peak(program: Program, memory: Memory) -> Peak | None:
-    """Finds the peak of a scheduled program.
-
-    Returns None if its text is incomplete, not scheduled, or has an unknown form.
-    """
+    """Finds the peak; None for a program that is incomplete, not scheduled, or of unknown form."""
     module = program.module
     if module.problems or not module.scheduled:
         return None

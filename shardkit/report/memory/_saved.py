@@ -18,10 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_i
 
 from ..._core.equations import source_of_equation
 from ..._core.source import Source
-from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of, scope_of
-from ..hlo._sources import ComputedError
+from ..hlo._sources import ComputedError, find_argument
 
 _BACKWARD = ("backward", "recompute")
 _THROUGH = frozenset("tuple copy bitcast opt-barrier copy-start copy-done".split())
@@ -30,21 +29,13 @@ _NO_BUFFER = frozenset({"parameter", "constant"})
 
 @dataclasses.dataclass(frozen=True)
 class SavedActivation:
-    """A value that is saved for the backward pass.
+    """A value that is saved for the backward pass."""
 
-    Attributes:
-      shape: one device's shard.
-      global_shape: shape of the whole array.
-      scope: the model's scope that computes it.
-      axes: mesh axes that split it.
-      source: the line of the user's code that computes it; None if unknown.
-    """
-
-    shape: Shape
-    global_shape: tuple[int, ...]
-    scope: str
-    axes: tuple[str, ...]
-    source: Source | None = None
+    shape: Shape  # one device's shard
+    global_shape: tuple[int, ...]  # shape of the whole array
+    scope: str  # the model's scope that computes it
+    axes: tuple[str, ...]  # mesh axes that split it
+    source: Source | None = None  # the line of the user's code that computes it; None if unknown
 
 
 def find_saved_activations(
@@ -54,16 +45,11 @@ def find_saved_activations(
     first: Sequence[str],
     parameters: Collection[int] = (),
 ) -> list[SavedActivation]:
-    """Lists the saved values whose global shape is known.
+    """Lists the values saved for the backward pass whose global shape is known.
 
-    Args:
-      module: the compiled program.
-      jaxpr: the closed jaxpr that it was compiled from.
-      mesh: names and sizes of the mesh axes.
-      first: axes that split the rows of the batch; they are assumed to split the first split dim
-        if several axes have the right size.
-      parameters: numbers of the arguments that are parameters: one that the forward pass gathers
-        and the backward pass reads is not an activation.
+    `first` are the axes that split the rows of the batch: they are assumed to split the first split
+    dim if several axes have the right size. `parameters` numbers the arguments that are parameters:
+    one that the forward pass gathers and the backward pass reads is not an activation.
     """
     traced: dict[tuple[tuple[int, ...], str], JaxprEqn] = {}
     for whole, scope, eqn in _traced_shapes(jaxpr.jaxpr, ""):
@@ -91,13 +77,7 @@ def find_saved_activations(
 def splitting_axes(
     shard: Sequence[int], whole: Sequence[int], mesh: Mapping[str, int], ordered: Sequence[str]
 ) -> tuple[str, ...] | None:
-    """Mesh axes that split an array into a shard of this shape; None if no axes do.
-
-    Args:
-      shard: shape on one device.
-      whole: global shape, of the same rank.
-      mesh: sizes of the mesh axes.
-      ordered: the axes in the order in which they are tried.
+    """The mesh axes, tried in order, that split an array into a shard of this shape; else None.
 
     >>> mesh = {"data": 2, "tensor": 4}
     >>> splitting_axes((3, 4, 2), (3, 8, 8), mesh, ["data", "tensor"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.profiler import ProfileData
 
-from ..._core.errors import Problem, ReportError, format_problems
+from ..._core.errors import ReportError
 from ..._core.io._files import local_path
 from ..communication._ledger import Ledger
 
@@ -51,14 +51,9 @@ class MeasuredTimes:
 
 
 def read_profile(path: str | os.PathLike[str], ledger: Ledger) -> MeasuredTimes:
-    """Reads the times of a step's collectives.
+    """Reads the times of a step's collectives: of an `.xplane.pb` file, or a folder's newest one.
 
-    Args:
-      path: an `.xplane.pb` file, or the folder that the profiler wrote to: its newest one.
-      ledger: the collectives of the step that was profiled.
-
-    Raises:
-      ReportError: there is no profile, or it has no run of this step.
+    Raises ReportError if there is no profile, or none with a run of this step.
     """
     file = find_profile(path)
     names = {row.name for row in ledger}
@@ -100,16 +95,11 @@ def find_profile(path: str | os.PathLike[str]) -> Path:
 
 
 def _refuse(path: Path, why: str, fix: str) -> ReportError:
-    problem = Problem(str(path), why, fix)
-    return ReportError(format_problems("The profile cannot be read.", [problem]))
+    return ReportError.of("The profile cannot be read.", str(path), why, fix)
 
 
 def _read_events(file: Path) -> list[tuple[_Run, str, float]]:
-    """Returns the run, the instruction and the seconds of each event of an HLO instruction.
-
-    Raises:
-      ReportError: the file is not a profile.
-    """
+    """The run, instruction and seconds of each HLO event; raises ReportError for no profile."""
     try:
         planes = list(ProfileData.from_file(str(file)).planes)
     except (RuntimeError, ValueError) as error:

@@ -14,12 +14,7 @@ _THREADS = ("compute", "communication, exposed", "communication, hidden")
 
 
 def to_trace(timeline: Timeline, mesh: str) -> str:
-    """Returns a trace of one device and step as JSON.
-
-    Args:
-      timeline: the modelled step.
-      mesh: of the step, as text.
-    """
+    """Returns a trace of one device and step on a mesh, given as text, as JSON."""
     names = [_metadata("process_name", 0, f"{timeline.chip}, mesh ({mesh}): modelled step")]
     names += [_metadata("thread_name", number, name) for number, name in enumerate(_THREADS)]
     about = {"chip": timeline.chip, "mesh": mesh, "label": timeline.label}

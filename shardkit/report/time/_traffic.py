@@ -79,7 +79,8 @@ def _fusion_traffic(module: Module, here: Computation, fusion: Instruction) -> i
     read = 0
     for number, parameter in inner.parameters.items():
         users = list(_value_users(inner, parameter.name))
-        if users and all(_touches_slice(user, name) for user, name in users):
+        sliced = (u.opcode in {*_SLICES, _UPDATE} and u.operands[0] == name for u, name in users)
+        if users and all(sliced):
             read += sum(_result_bytes(user) for user, _ in users if user.opcode in _SLICES)
         else:
             read += _operand_bytes(here, fusion.operands[number])
@@ -94,11 +95,6 @@ def _value_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, s
                 yield from _value_users(inner, instruction.name)
             else:
                 yield instruction, name
-
-
-def _touches_slice(user: Instruction, name: str) -> bool:
-    """Whether an instruction reads or writes only a slice of an operand."""
-    return user.opcode in _SLICES | {_UPDATE} and user.operands[0] == name
 
 
 def _written_bytes(inner: Computation, root: Instruction) -> int:

@@ -18,14 +18,9 @@ _BATCH_CHECK_EVERY = 100
 
 
 def check_callbacks(config: TrainConfig, start: int) -> None:
-    """Raises, before anything is compiled, if a callback cannot do what the config asks.
+    """Raises ConfigError, before a compile, if a callback cannot do what the config asks.
 
-    Args:
-      config: of the run.
-      start: updates already made.
-
-    Raises:
-      ConfigError: a logger is unknown or not installed, or the updates to trace are over.
+    That is a logger that is unknown or not installed, or updates to trace that are over.
     """
     check_loggers(config.loggers)
     check_profile(config.profile, config.steps, start)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..._core.errors import CheckpointError, Problem, StepError, format_problems
+from ..._core.errors import CheckpointError, StepError
 from ...step import SKIPPED
 from ..guards._dump import write_dump
 from ._callback import Callback, RunContext, StepMetrics
@@ -38,19 +38,14 @@ class FiniteCheck(Callback):
             self._state, self._batches = state, {step: batch, **before}
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Checks every metric, or counts the update if the step skipped it.
-
-        Raises:
-          StepError: a metric is not finite, or too many updates in a row were skipped.
-        """
+        """Raises StepError for a metric that is not finite, or too many skips in a row."""
         if SKIPPED in metrics.values and not self._stops:
             return self._count(metrics)
         bad = {name: x for name, x in metrics.values.items() if not math.isfinite(x)}
         if bad:
             values = ", ".join(f"{name} is {value}" for name, value in bad.items())
             why, fix = self._explain(metrics, values)
-            problem = Problem(f"step {metrics.step}", why, fix)
-            raise StepError(format_problems("The run has diverged.", [problem]))
+            raise StepError.of("The run has diverged.", f"step {metrics.step}", why, fix)
         return None
 
     def on_finish(self, state: Any) -> None:
@@ -69,8 +64,7 @@ class FiniteCheck(Callback):
         self._run.say(f"step {metrics.step} skipped: {text}")
         if self._in_row >= self._limit:
             why = f"and the {self._limit - 1} updates before it were not finite, and skipped"
-            problem = Problem(f"step {metrics.step}", why, _LOWER)
-            raise StepError(format_problems("The run makes no progress.", [problem]))
+            raise StepError.of("The run makes no progress.", f"step {metrics.step}", why, _LOWER)
 
     def _explain(self, metrics: StepMetrics, values: str) -> tuple[str, str]:
         """Returns why a step failed, with its dump if there is one, and a fix."""

@@ -30,11 +30,7 @@ from ._callback import Callback, RunContext, StepMetrics
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises, before anything is compiled, for loggers that are unknown or not installed.
-
-    Raises:
-      ConfigError: naming each, with the command that installs it.
-    """
+    """Raises ConfigError for unknown loggers, and for absent ones with the command to install."""
     problems = []
     for name in names:
         subject = f"train.loggers={name}"

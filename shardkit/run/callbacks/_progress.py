@@ -36,13 +36,7 @@ class ProgressDisplay(Callback):
     """Shows the user how far the run is and how fast it is."""
 
     def __init__(self, console: Console, log_every: int, describe: Describe) -> None:
-        """Declares what is shown; nothing is shown before the run starts.
-
-        Args:
-          console: where.
-          log_every: updates between two lines when the output is not a terminal.
-          describe: formats the metrics of an update or an evaluation.
-        """
+        """Without a terminal a line comes every `log_every` updates; `describe` formats metrics."""
         self._console, self._log_every, self._describe = console, log_every, describe
         self._lines = _NotebookBar() if console.is_jupyter else _TwoLines(console)
         self._saves: list[tuple[int, float]] = []  # (step, monotonic seconds), oldest first

@@ -41,11 +41,7 @@ class ReplicaCheck(Callback):
             self._checksums[step] = self._comparison.checksums(state)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Reads the checksums of an update.
-
-        Raises:
-          StateError: copies differ, and `on_mismatch` is `stop`.
-        """
+        """Reads an update's checksums; if they differ, raises StateError or warns."""
         checksums = self._checksums.pop(metrics.step, None)
         if checksums is None or self._comparison is None:
             return
@@ -92,11 +88,7 @@ class BatchCheck(Callback):
         self._start = run.start
 
     def on_batch(self, step: int, state: Any, batch: Any) -> None:
-        """Compares a batch before its update.
-
-        Raises:
-          BatchError: copies of it differ; nothing was updated.
-        """
+        """Raises BatchError before the update of a batch whose copies differ."""
         if (step - 1 - self._start) % self._every:
             return
         types = [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]
@@ -130,11 +122,7 @@ class SelfCheckCallback(Callback):
         self._run = run
 
     def on_batch(self, step: int, state: Any, batch: Any) -> None:
-        """Checks the first update of the process, and every so many after it.
-
-        Raises:
-          VerificationError: a check failed; nothing was updated.
-        """
+        """Checks before the first update and every so many; raises VerificationError on failure."""
         if (step - 1 - self._run.start) % self._every:
             return
         if (passed := self._find_passed(step)) is not None:

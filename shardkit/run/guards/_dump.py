@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._core.errors import CheckpointError, Problem, format_problems
+from ..._core.errors import CheckpointError
 from ..._core.train_state import TrainState
 from ...checkpoint import Checkpointer, Manifest, RetentionPolicy
 
@@ -19,21 +19,13 @@ _KIND = "step that was not finite"
 
 @dataclasses.dataclass(frozen=True)
 class Dump:
-    """A dump that was read back.
+    """A dump that was read back."""
 
-    Attributes:
-      state: before the step.
-      batch: input of the step, with all global rows.
-      step: number of the update that failed, counted from 1.
-      values: the step's metrics, as text.
-      config: of the run, as plain values.
-    """
-
-    state: TrainState
-    batch: Any
-    step: int
-    values: Mapping[str, Any]
-    config: Mapping[str, Any]
+    state: TrainState  # before the step
+    batch: Any  # input of the step, with all global rows
+    step: int  # number of the update that failed, counted from 1
+    values: Mapping[str, Any]  # the step's metrics, as text
+    config: Mapping[str, Any]  # of the run, as plain values
 
 
 def write_dump(
@@ -47,16 +39,8 @@ def write_dump(
 ) -> Path:
     """Writes a dump into the folder of a run, and returns the folder of the dump.
 
-    Args:
-      run: folder of the run.
-      step: number of the update that failed, counted from 1.
-      state: before the step.
-      batch: input of the step, on the devices.
-      values: its metrics.
-      config: of the run, as plain values.
-
-    Raises:
-      CheckpointError: it cannot be written.
+    `step` numbers the update that failed, from 1; the state is that before it, the batch its input
+    on the devices, values its metrics. Raises CheckpointError if it cannot be written.
     """
     folder = run / DUMPS
     about = {"kind": _KIND, "values": {name: str(value) for name, value in values.items()}}
@@ -66,13 +50,9 @@ def write_dump(
 
 
 def dump_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a dump, without any device.
+    """Reads the manifest of a dump, or of a run's newest dump, without any device.
 
-    Args:
-      folder: of the dump; or of the run, for its newest dump.
-
-    Raises:
-      CheckpointError: the folder has no dump.
+    Raises CheckpointError if the folder has no dump.
     """
     root, step = _locate(folder)
     dumps = Checkpointer(root)
@@ -82,22 +62,16 @@ def dump_manifest(folder: Path) -> Manifest:
         if isinstance(manifest.data, dict) and manifest.data.get("kind") == _KIND:
             return manifest
         why = "is a checkpoint, not a dump"
-    problem = Problem(str(folder), why, f"RUN/{DUMPS}/step-…, from a run that stopped")
-    raise CheckpointError(format_problems("No dump to replay.", [problem]))
+    fix = f"RUN/{DUMPS}/step-…, from a run that stopped"
+    raise CheckpointError.of("No dump to replay.", str(folder), why, fix)
 
 
 def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:
-    """Restores a dump onto devices.
+    """Restores a dump of abstract state and batch onto devices.
 
-    Args:
-      folder: as for `dump_manifest`.
-      state: abstract `TrainState`.
-      batch: abstract batch.
-      to: one sharding, or `{"state": shardings, "batch": shardings}`.
-
-    Raises:
-      CheckpointError: the folder has no dump, or the dump is of another model.
-      CheckpointCorruptedError: the dump is damaged.
+    `to` is one sharding, or `{"state": shardings, "batch": shardings}`. Raises CheckpointError if
+    the folder, as for `dump_manifest`, has no dump, or the dump is of another model;
+    CheckpointCorruptedError if it is damaged.
     """
     manifest = dump_manifest(folder)
     dumps = Checkpointer(_locate(folder)[0])

@@ -58,16 +58,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """Where an operation or a jaxpr is in the program.
+    """Where an operation or a jaxpr is in the program."""
 
-    Attributes:
-      path: named scopes around it.
-      order: its index in each jaxpr around it, the outermost first.
-      loops: (index into `order`, length, reverse) of each scan around it.
-    """
-
-    path: str = ""
-    order: tuple[int, ...] = ()
+    path: str = ""  # named scopes around it
+    order: tuple[int, ...] = ()  # its index in each jaxpr around it, the outermost first
+    # (index into `order`, length, reverse) of each scan around it
     loops: tuple[tuple[int, int, bool], ...] = ()
 
     def time(self, iterations: np.ndarray) -> tuple[int, ...]:

@@ -53,11 +53,7 @@ class ReplicaComparison:
     """Compares the copies of every leaf, for many states of one layout."""
 
     def __init__(self, state: Any) -> None:
-        """Reads the layout of a state, not its values.
-
-        Args:
-          state: pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
-        """
+        """Reads the layout, not the values, of arrays or `jax.ShapeDtypeStruct` on one mesh."""
         named = leaves_by_path(state)
         self._leaves = [(path, x) for path, x in named.items() if _is_replicated(x.sharding)]
         if not self._leaves:

@@ -42,13 +42,10 @@ class SpikeDetector:
     def __init__(
         self, window: int = 64, least: int = 16, sigmas: float = 8.0, ratio: float = 0.05
     ) -> None:
-        """Starts without any value.
+        """Level and noise come from the last `window` values, of which there must be `least`.
 
-        Args:
-          window: number of values that level and noise are computed from.
-          least: number of values needed before one can be a spike.
-          sigmas: standard deviations of the noise by which a spike is above the level.
-          ratio: and the least excess of a spike, relative to the level.
+        A spike is `sigmas` standard deviations of the noise and `ratio` of the level above the
+        level.
         """
         self._past: collections.deque[float] = collections.deque(maxlen=window)
         self._least, self._sigmas, self._ratio = least, sigmas, ratio
