@@ -64,7 +64,9 @@ def _find_constraints(
         for inner in core.jaxprs_in_params(eqn.params):
             yield from _find_constraints(inner, activations)
         source = source_of_equation(eqn)
-        for value, result, entries in _constrained(eqn, activations) if source else ():
+        if source is None:
+            continue
+        for value, result, entries in _constrained(eqn, activations):
             lines = frozenset(_lines_before(value, made_by))
             dims = tuple(
                 None if dim is PartitionSpec.UNCONSTRAINED else axes_of(dim) for dim in entries
