@@ -115,7 +115,8 @@ class _Walk:
     ) -> Starts | None:
         """The starts of a dim that two arrays share; they must agree where both are known."""
         if a is None or b is None:
-            return b if a is None else a
+            known = b if a is None else a
+            return None if known == ANYWHERE else known
         if a == b or ANYWHERE in (a, b):
             return join_starts(a, b)
         differ = sum(x != y for x, y in zip(a, b, strict=True))
@@ -148,11 +149,12 @@ class _Walk:
 
     def _elementwise(self, of: Instruction, operands: Values) -> Parts:
         shape = of.shapes[0]
-        dims: list[Starts | None] = [None] * len(shape.dims)
-        for parts in operands:
-            if len(parts.dims) == len(dims):  # the predicate of a select may be a scalar
-                pairs = enumerate(zip(dims, parts.dims, strict=True))
-                dims = [self.compare(of, shape, dim, a, b) for dim, (a, b) in pairs]
+        # The predicate of a select may be a scalar.
+        first, *others = [one.dims for one in operands if len(one.dims) == len(shape.dims)]
+        dims = list(first)
+        for other in others:
+            pairs = enumerate(zip(dims, other, strict=True))
+            dims = [self.compare(of, shape, dim, a, b) for dim, (a, b) in pairs]
         compute, tables = _ARITHMETIC.get(of.opcode), [parts.values for parts in operands]
         known = compute and all(table is not None for table in tables)
         return Parts(tuple(dims), compute(*tables) if compute and known else None)

@@ -133,8 +133,8 @@ def _dynamic_update(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     for a, b, old, new in zip(whole.dims, of_piece, at.old(), at.old(1), strict=True):
         if old == new:
             dims.append(b if a is None else join_starts(a, b))
-        else:  # pieces at other indices make it differ along the dim
-            dims.append(a or None)
+        else:  # pieces at other indices make it differ along the dim, which every device has whole
+            dims.append((0,) * at.devices if a == ANYWHERE else a)
     return Parts(tuple(dims))
 
 
