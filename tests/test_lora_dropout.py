@@ -33,7 +33,7 @@ from .test_lora_parts import (
 )
 
 RATE = 0.3
-FUNCTION = 0x10AC  # folded into a key that a function of the model gets
+LORA, FUNCTION = 0x10AB, 0x10AC  # folded into the step's key, and into those of functions
 
 
 def next_key(key, name):
@@ -145,12 +145,54 @@ CELLS = {
         {"capacity": CAPACITY},
     ),
 }
-FAST = ("pipeline",)
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
-)
+def test_stages_without_a_key_drop_what_one_device_drops():
+    """A layer closes over an array: inside a `shard_map` JAX adds an operation before its product.
+
+    The model gives its layer stack no key, so that of the adapters is given in its place.
+    """
+    axes = {"layers": ("layers", None, None), "head": (None, None)}
+    shapes = {"layers": (LAYERS, WIDTH, WIDTH), "head": (WIDTH, 5)}
+    draw = np.random.default_rng(2).normal
+    values = {name: draw(size=shape).astype("f") / 4 for name, shape in shapes.items()}
+
+    def loss(params, batch, key):
+        ramp = jnp.arange(WIDTH) / WIDTH
+        first = lambda outer, batch, key: batch["x"]  # noqa: E731
+        layer = lambda w, x, batch, key: x + jnp.tanh((x + ramp) @ w)  # noqa: E731
+        last = lambda outer, x, batch: jnp.mean((x @ outer["head"] - batch["y"]) ** 2)  # noqa: E731
+        outer = {"head": params["head"]}
+        return sk.nn.layer_stack(first, layer, last, outer, params["layers"], batch)
+
+    def init(key):
+        return {name: sk.WithAxes(jnp.asarray(x), axes[name]) for name, x in values.items()}
+
+    lora = sk.lora(init, loss, {"layers": (2, "sio"), "head": 2}, dropout=RATE)
+    mesh = sk.MeshSpec(**PIPE).build(devices=jax.devices()[:4])
+    options = {"batch": BATCH, "optimizer": SGD, "strategy": pipeline() | S.data()}
+    step = sk.StepSpec(loss_fn=lora.loss_fn, init=lora.init, **options).compile(mesh)
+    state = step.init(jax.random.key(0))
+    factors = jax.tree.map(lambda x: draw(size=x.shape).astype("f"), state.params["lora"])
+    placed = jax.tree.map(jax.device_put, factors, step.shardings.params["lora"])
+    state = dataclasses.replace(state, params={**state.params, "lora": placed})
+    key = jax.random.fold_in(jax.random.wrap_key_data(jax.random.key_data(state.key)), 0)
+    _, metrics = step(state, BATCH)
+
+    stack = next_key(jax.random.fold_in(key, LORA), "layer_stack")
+    x = jnp.asarray(BATCH["x"])
+    for index, own in enumerate(jax.random.split(stack, LAYERS)):
+        h, ab = x + jnp.arange(WIDTH) / WIDTH, factors["layers"]
+        dropped = drop(h, next_key(jax.random.fold_in(own, FUNCTION), "layers"))
+        x += jnp.tanh(h @ values["layers"][index] + dropped @ ab["a"][index] @ ab["b"][index])
+    own = next_key(jax.random.fold_in(jax.random.fold_in(stack, LAYERS + 1), FUNCTION), "head")
+    y = x @ values["head"] + drop(x, own) @ factors["head"]["a"] @ factors["head"]["b"]
+    want = jnp.mean((y - BATCH["y"]) ** 2)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
 def test_steps_equal_those_written_by_hand(cell):
     check_steps(*CELLS[cell])
 
