@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import shardkit as sk
 from shardkit.checkpoint import SavedStep
 from shardkit.checkpoint import _pending_save as _saving
 from shardkit.checkpoint._files import list_steps, step_folder
+from shardkit.checkpoint._folders import leaf_folder
 
 from . import _checkpoints as ck
 from ._damages import full_disk
@@ -104,6 +106,40 @@ def refuse_to_delete(monkeypatch, name):
         real(path, **options)
 
     monkeypatch.setattr(os, "unlink", unlink)
+
+
+def test_large_chunks_that_did_not_change_are_files_of_both_steps(tmp_path, monkeypatch):
+    frozen = jax.numpy.arange(2.0**19).reshape(512, 1024)
+    last = frozen.at[-1, -1].add(1)
+    small = jax.numpy.arange(8)
+    keep = sk.RetentionPolicy(max_to_keep=9)
+
+    def save(step, **leaves):
+        with sk.Checkpointer(tmp_path, retention=keep) as saver:
+            saver.save(step, {"frozen": frozen, "trained": frozen + step, "small": small, **leaves})
+
+    def nodes(step, leaf):
+        paths = (step_folder(tmp_path, step) / leaf_folder(leaf)).rglob("*")
+        return {p.stat().st_ino for p in paths if p.is_file() and p.stat().st_size >= 32}
+
+    save(1)
+    save(2)
+    assert nodes(1, "frozen") & nodes(2, "frozen")
+    assert not nodes(1, "trained") & nodes(2, "trained")
+    assert not nodes(1, "small") & nodes(2, "small")  # damage to it is that of one step
+    save(3, frozen=last)
+    assert not nodes(2, "frozen") & nodes(3, "frozen")
+    with monkeypatch.context() as patch:  # a file system without second names
+        patch.setattr(os, "link", mock.Mock(side_effect=OSError(95, "Operation not supported")))
+        save(4, frozen=last)
+    assert not nodes(3, "frozen") & nodes(4, "frozen")
+    shutil.rmtree(step_folder(tmp_path, 1))
+    for step, want in ((2, frozen), (3, last), (4, last)):
+        like = {"frozen": frozen, "trained": frozen, "small": small}
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        back = sk.Checkpointer(tmp_path).restore(ck.abstract(like), where, step=step).state
+        assert np.asarray(back["frozen"]).tobytes() == np.asarray(want).tobytes()
+        assert np.asarray(back["trained"]).tobytes() == np.asarray(frozen + step).tobytes()
 
 
 def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, state, monkeypatch):

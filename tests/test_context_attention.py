@@ -1,13 +1,16 @@
 """Attention over a split length against a softmax that is written out, forward and backward."""
 
+import dataclasses
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import shardkit as sk
 from shardkit.mesh import MeshSpec
 from shardkit.nn._blockwise import BlockOptions
 from shardkit.parallel.context import _blockwise
@@ -102,6 +105,74 @@ def test_windows_and_soft_caps(name):
     kind, n, limits = LIMITED[name]
     limits = {"packed": False, **limits}
     assert_is_plain(layout_on(kind, n), 4, 2, causal=True, **limits)
+
+
+# A window that reaches few blocks: devices, window, blocks before a device's own, other options.
+REACHED = {
+    "all of one block": (4, 7, 1, {"packed": True}),
+    "one key of a second": (4, 8, 2, {"softcap": 1.5}),
+    "of three": (3, 4, 1, {}),
+}
+
+
+@pytest.mark.parametrize("name", some_quick(REACHED, "one key of a second"))
+def test_blocks_that_a_window_does_not_reach_are_not_sent(name):
+    n, window, reach, options = REACHED[name]
+    layout = dataclasses.replace(layout_on(RingAttention, n), reach=reach)
+    limits = {"packed": False, "window": window, **options}
+    assert_is_plain(layout, 4, 2, causal=True, **limits)
+    with pytest.raises(AssertionError):  # all of these blocks are needed
+        assert_is_plain(dataclasses.replace(layout, reach=reach - 1), 4, 2, True, **limits)
+
+
+@pytest.mark.parametrize(
+    ("window", "blocks"),
+    some_quick([(1, 0), (5, 1), (6, 2), (10, 3), (None, 3)], (6, 2), (None, 3)),
+)
+def test_the_ledger_has_the_blocks_of_the_window_and_so_has_the_minimum(window, blocks):
+    """Rows of 16 tokens over four devices: a window of 10 reaches all other blocks."""
+    width, heads = 8, 2
+
+    def loss(params, batch, key):
+        x = sk.nn.constrain(batch["x"] @ params["in"], "batch", "length", "embed")
+        q, k, v = (
+            sk.nn.constrain((x @ w).reshape(*x.shape[:2], heads, -1), "batch", "length", name, None)
+            for w, name in zip(params["layers"][0], ("heads", "kv_heads", "kv_heads"), strict=True)
+        )
+        y = sk.nn.attention(q, k, v, segment_ids=batch["ids"], window=window)
+        return jnp.mean(jnp.tanh(y) ** 2)
+
+    def init(key):
+        layers = jax.random.normal(key, (1, 3, width, width)) / 2
+        axes = ("layers", None, None, None)
+        return {"in": jnp.eye(width), "layers": sk.WithAxes(layers, axes)}
+
+    draw = np.random.default_rng(0)
+    batch = {
+        "x": draw.normal(size=(2, 16, width)).astype("f"),
+        "ids": np.sort(draw.integers(0, 2, (2, 16)), 1).astype("i4"),
+    }
+    spec = sk.StepSpec(
+        loss_fn=loss,
+        init=init,
+        batch=batch,
+        optimizer=optax.sgd(0.1),
+        strategy=sk.strategies.context(),
+    )
+    mesh = MeshSpec(context=4).build(devices=jax.devices()[:4])
+    sk.verify(spec, [mesh], batches=[batch], steps=1).check()
+    report = spec.compile(mesh).report()
+    block = 4 * 2 * 4 * width  # f32, two rows of four tokens
+    permutes = [row for row in report.ledger if row.kind == "collective-permute"]
+    floats = [row for row in permutes if "f32" in row.operands[0]]
+    sent = sum(row.payload_bytes * (row.trips or 0) for row in floats)
+    # Two loops send K and V, and one their gradients; XLA merges the same permute of both passes.
+    # In zig-zag order halves of q, k, v, of the output and of their gradients are swapped too.
+    swapped = 5 * block if blocks == 3 else 0
+    assert 2 * blocks * 2 * block <= sent <= 3 * blocks * 2 * block + swapped
+    (least,) = (row for row in report.minima if row.axis == "context")
+    weights = 4 * (width**2 + 3 * width**2)
+    assert least.bytes == 3 * blocks * 2 * block + 2 * 3 / 4 * weights
 
 
 def test_a_ring_of_eight_with_packed_rows():

@@ -123,7 +123,8 @@ def exchanged(operand, output, here, sizes, there, arriving, *, axis_name):
         inside = (row >= 0) & (row < sizes[sender, me])
         came = jnp.take(sent[sender], here[sender, me] + row, axis=0, mode="fill", fill_value=0)
         output = jnp.where(inside[:, None], came, output)
-    return jnp.where((arriving == sizes[:, me]).all(), output, jnp.nan)
+    wrong = jnp.nan if jnp.issubdtype(output.dtype, jnp.inexact) else 0
+    return jnp.where((arriving == sizes[:, me]).all(), output, jnp.asarray(wrong, output.dtype))
 
 
 UNPADDED = {

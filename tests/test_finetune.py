@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +115,28 @@ def test_a_run_reads_trains_adapters_resumes_and_exports(tmp_path, monkeypatch, 
     longer |= {"model.weights": "other", "train.steps": 5, "train.export": "third"}
     assert main(arguments(**longer)) == 2
     assert "weights.fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_export_what_one_does(tmp_path, monkeypatch, capfd):
+    """Rows drop the same elements of an adapter's input, whichever process has them."""
+    place(tmp_path, monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    options = {"lora.rank": 4, "lora.dropout": 0.2, "train.sample": 3}
+    samples = []
+    for n, launcher in (("1", []), ("2", ["launch", "-n", "2", "--devices", "4", "--"])):
+        exports = {"train.export": f"out-{n}", "train.export_adapter": f"adapter-{n}"}
+        words = arguments(**options, **exports, **{"train.out": f"runs-{n}"})
+        python = [sys.executable, "-m", "shardkit"] if launcher else []
+        assert main([*launcher, *python, *words]) == 0
+        out, _ = capfd.readouterr()
+        samples.append(out.partition("a sample that it wrote")[2].partition("goodput")[0])
+    assert samples[0] == samples[1] != ""
+    for folder in ("out", "adapter"):
+        one, two = (_hf.read_tensors(tmp_path / f"{folder}-{n}") for n in "12")
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            np.testing.assert_allclose(two[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -388,6 +388,7 @@ def token_batch(seed):
         ("fsdp | tensor", {"fsdp": 2, "tensor": 2}, {}),
         ("fsdp | tensor", {"fsdp": 2, "tensor": 2}, {"mode": "shard_map", "remat": "full"}),
         ("pipeline", {"pipe": 2, "data": 2}, {}),
+        ("pipeline", {"pipe": 2, "data": 2}, {"dropout": 0.2}),
         ("pipeline", {"pipe": 2, "data": 2}, {"fold": True}),
     ],
 )
@@ -395,8 +396,8 @@ def test_the_reference_decoder_is_adapted_under_every_strategy(strategy, sizes, 
     config = DecoderConfig(vocab=40, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=32)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     ranks = {"layers/query": (2, "sioo"), "layers/out": (2, "siio"), "layers/down": 2}
-    fold = options.get("fold", False)
-    lora = sk.lora(model.init, model.loss_fn, ranks, fold=fold)
+    own = {name: options[name] for name in ("dropout", "fold") if name in options}
+    lora = sk.lora(model.init, model.loss_fn, ranks, **own)
     strategies = {
         "fsdp | tensor": sk.strategies.fsdp() | sk.strategies.tensor(),
         "pipeline": sk.strategies.pipeline(micro_batches=2) | sk.strategies.data(),
@@ -407,7 +408,7 @@ def test_the_reference_decoder_is_adapted_under_every_strategy(strategy, sizes, 
         batch=token_batch(0),
         optimizer=SGD,
         strategy=strategies[strategy],
-        **{name: value for name, value in options.items() if name != "fold"},
+        **{name: value for name, value in options.items() if name not in own},
     )
     mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
     sk.verify(spec, [mesh], batches=[token_batch(0)], steps=1).check()

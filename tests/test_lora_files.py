@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import shardkit as sk
 
+from . import _adapters_of_several as several
 from .test_lora import ADAPTED, randomized
+from .test_several_processes import cache, launched  # noqa: F401
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HF = {
@@ -232,3 +234,30 @@ def test_nothing_is_overwritten_or_half_written(saved, tmp_path, monkeypatch):
     with pytest.raises(sk.errors.CheckpointError, match="No space left"):
         ADAPTED.save(tmp_path / "two", randomized(), names=hf_names)
     assert list((tmp_path / "two").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_once_and_fail_together(launched, tmp_path):  # noqa: F811
+    code, errors = launched("tests._adapters_of_several", tmp_path)
+    assert code == 0, "\n".join(errors)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    with np.load(tmp_path / "whole.npz") as whole:
+        assert len(tensors) == len(whole.files) * several.LAYERS
+        for name in whole.files:
+            path, factor = name.split(".")
+            for index, matrix in enumerate(whole[name]):
+                found = tensors[f"base_model.model.{path}.{index}.lora_{factor.upper()}.weight"]
+                assert found.tobytes() == np.ascontiguousarray(matrix.T).tobytes(), name
+    names = {"adapter", "file", "said-0.json", "said-1.json", "whole.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}
+    for process in range(2):
+        said = json.loads((tmp_path / f"said-{process}.json").read_text())
+        assert said["equal"] == [True] * 4
+        elsewhere = {"again": 0, "unwritable": 0, "unreadable": 1}
+        for case, failed in elsewhere.items():
+            where = "" if process == failed else f"In process {failed}: "
+            assert said[case].startswith(f"{where}The adapter "), said[case]
+        assert WEIGHTS in said["again"]
+        assert "exists already" in said["again"]
+        assert "adapter_config.json" in said["unreadable"]

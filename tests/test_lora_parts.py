@@ -229,24 +229,6 @@ def check_ledger(step, codes):
         assert {2 * size for size in sent["all-gather u8"]} & weights
 
 
-@pytest.mark.parametrize("name", ["layers/mix", "head"])
-def test_dropout_in_a_stage_is_refused(name):
-    model = sk.lora(init, make_loss(), {name: RANK}, dropout=0.2, batch=BATCH)
-    options = {"batch": BATCH, "optimizer": SGD, "strategy": pipeline() | S.data()}
-    spec = sk.StepSpec(loss_fn=model.loss_fn, init=model.init, **options)
-    mesh = sk.MeshSpec(**PIPE).build(devices=jax.devices()[:4])
-    with pytest.raises(sk.errors.StepError, match=rf"{name} .* +has inputs that the strategy"):
-        spec.compile(mesh)
-    # Elsewhere each layer drops its own elements.
-    params = model.init(jax.random.key(0))
-    params = jax.tree.map(
-        lambda x: getattr(x, "value", x), params, is_leaf=lambda x: isinstance(x, sk.WithAxes)
-    )
-    params["lora"] = jax.tree.map(lambda x: x + 0.1, params["lora"])
-    losses = {float(model.loss_fn(params, BATCH, jax.random.key(n))) for n in range(2)}
-    assert len(losses) == 2
-
-
 def test_a_derivative_and_a_vmap_of_ones_own_are_around_a_part_as_ever():
     """There the part is called as it was traced, with what its functions close over."""
     weights = {"w": jnp.ones((2, 4, 4)) / 3, "gain": jnp.ones((4, 4))}

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ import shardkit as sk
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 64)).astype("f")
 RATE = 0.1
+KEY = jax.random.key(1)
 
 
 def init(key):
@@ -66,10 +69,11 @@ OPTIONS = {
 MESHES = {"data": {"data": 8}, "fsdp": {"data": 2, "fsdp": 4}, "tensor": {"data": 2, "tensor": 4}}
 
 
-def make_step(sizes, **options):
+def make_step(sizes, loss_fn=loss, init=init, **options):
     mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod(list(sizes.values()))])
     options = {"trainable": "lora/*", "strategy": strategy(sizes), **options}
-    return sk.compile_step(loss, optax.adam(RATE), init=init, batch={"x": X}, mesh=mesh, **options)
+    options |= {"init": init, "batch": {"x": X}, "mesh": mesh}
+    return sk.compile_step(loss_fn, optax.adam(RATE), **options)
 
 
 def check_step(step):
@@ -168,6 +172,41 @@ def test_an_nnx_model_whose_base_is_frozen_stays_in_params():
     after, _ = step(jax.tree.map(jnp.copy, state), {"x": X})
     np.testing.assert_array_equal(after.params["base"]["kernel"], state.params["base"]["kernel"])
     assert not np.array_equal(after.params["lora"]["lora_b"], state.params["lora"]["lora_b"])
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="head")(jnp.tanh(nn.Dense(64, name="body")(x)))
+
+
+class Halves(eqx.Module):
+    body: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.body, self.head = eqx.nn.Linear(64, 64, key=key), eqx.nn.Linear(64, 4, key=key)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("form", ["linen", "equinox"])
+def test_an_adapter_says_what_is_trained(form):
+    declared = {"trainable": "head/*"}
+    if form == "linen":
+        model = sk.from_linen(Two(), lambda y, b: jnp.mean(y**2), {"x": X}, **declared)
+    else:
+        model = sk.from_equinox(Halves, lambda m, b: jnp.mean(jax.vmap(m)(b["x"]) ** 2), **declared)
+    step = make_step({"data": 2}, loss_fn=model.loss_fn, init=model.init, trainable=None)
+    state = step.init(jax.random.key(0))
+    after, metrics = step(jax.tree.map(jnp.copy, state), {"x": X})
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), after.params, state.params)
+    assert not any(jax.tree.leaves(moved["body"]))
+    assert all(jax.tree.leaves(moved["head"]))
+    own = jax.grad(lambda p: model.loss_fn.train({**state.params, "head": p}, {"x": X}, KEY)[0])
+    norm = optax.tree.norm(own(state.params["head"]))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_two_networks_take_turns_without_copies():

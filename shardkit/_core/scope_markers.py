@@ -23,6 +23,9 @@ MATRIX_OWNERS = "matrix_owners"
 OWNED = "owned"
 """Kind of the fact `(mesh axis, bytes), …`: the fewest that one device sends for its matrices."""
 
+RING_BLOCKS = "ring_blocks"
+"""Kind of the fact `number`: blocks of keys and values that a ring sends to a device."""
+
 _SHARE = re.compile(rf"{RECOMPUTED}_(\d+)_of_(\d+)")
 
 _PREFIX = "shardkit_taken"  # unlike the name of any user's scope

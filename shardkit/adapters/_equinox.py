@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .._core.errors import Problem, ShardingError, StepError, raise_all
 from .._core.tree import leaves_by_path, path_str
-from .._core.types import Batch, Key, Loss, Params, PyTree, Variables, WithAxes
+from .._core.types import Batch, Key, Loss, Params, PyTree, Trainable, Variables, WithAxes
 from ..rules import matches
 from ._model import Model, nest, split_loss_output, takes_argument
 
@@ -27,6 +27,7 @@ def from_equinox(
     loss: Callable[..., Any],
     *,
     axes: Mapping[str, Names] | None = None,
+    trainable: Trainable = None,
 ) -> Model:
     """Turns an Equinox module into the `init` and `loss_fn` of a step.
 
@@ -39,6 +40,8 @@ def from_equinox(
         `jax.vmap`; the module is in inference mode in `step.evaluate`.
       axes: logical axis names of parameters, by globs over their paths as in `sk.PathRules`:
         `{"**/up/weight": ("mlp", "embed")}`. The first match wins.
+      trainable: the parameters that are trained, the others are frozen: globs over paths, or a
+        predicate, as for `sk.StepSpec`.
 
     Returns:
       A `Model`. Its parameters are the module's floating-point arrays. Its other arrays, and those
@@ -86,7 +89,8 @@ def from_equinox(
         module = equinox.nn.inference_mode(module)
         return (module, state) if template.has_state else module
 
-    return Model(init, Loss(train, evaluate, stateful=template.has_others), bind)
+    loss_fn = Loss(train, evaluate, stateful=template.has_others, trainable=trainable)
+    return Model(init, loss_fn, bind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flax.errors import ScopeParamShapeError
 from .._core.errors import Problem, StepError, raise_all
 from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Batch, Key, Loss, Params, Variables
+from .._core.types import Batch, Key, Loss, Params, Trainable, Variables
 from ..nn._manual_axis_rules import on_shards
 from ._model import Model, accept_key, pad_axes, split_loss_output
 
@@ -32,6 +32,7 @@ def from_linen(
     evaluate: nn.Module | Mapping[str, Any] | None = None,
     rngs: Sequence[str] = ("dropout",),
     mutable: Sequence[str] = (),
+    trainable: Trainable = None,
 ) -> Model:
     """Turns a flax linen module into the `init` and `loss_fn` of a step.
 
@@ -49,6 +50,8 @@ def from_linen(
       rngs: names of the random streams that the module draws from besides `params`.
       mutable: collections that the module sows, such as `("losses", "intermediates")`. With them
         `outputs` is `(y, collections)`, as `module.apply(..., mutable=...)` returns it.
+      trainable: the parameters that are trained, the others are frozen: globs over paths, or a
+        predicate, as for `sk.StepSpec`.
 
     Returns:
       A `Model`. Logical axes are those of `nn.with_logical_partitioning` and
@@ -110,7 +113,7 @@ def from_linen(
     def bind(params: Params, model_state: Any = None) -> Callable[..., Any]:
         return lambda *args: evaluation.apply({"params": params, **(model_state or {})}, *args)
 
-    return Model(init, Loss(run_train, run_evaluate, stateful), bind)
+    return Model(init, Loss(run_train, run_evaluate, stateful, trainable), bind)
 
 
 @dataclasses.dataclass(frozen=True)

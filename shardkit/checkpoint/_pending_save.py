@@ -17,7 +17,13 @@ from .._core.errors import CheckpointError, Problem, count, format_problems, rai
 from .._core.interrupts import SAVING
 from .._core.versions import package_versions
 from ._collective_errors import collective_errors, is_first_process, share_text
-from ._files import commit, create_temporary_folder, listing_problems
+from ._files import (
+    commit,
+    create_temporary_folder,
+    list_steps,
+    listing_problems,
+    step_folder,
+)
 from ._fingerprint import compute_fingerprints, format_fingerprint, is_key, raw_array
 from ._folders import leaf_folder
 from ._host_fingerprint import are_on_host
@@ -64,7 +70,10 @@ class PendingSave:
             for folder, x in stored.items()
         }
         try:
-            self._wait_written = start_writing(self._folder, stored, on_host, copies)
+            before = [step_folder(root, n) for n in list_steps(root)[-1:]]
+            self._wait_written = start_writing(
+                self._folder, stored, on_host, copies, before=next(iter(before), None)
+            )
         except Exception as error:
             raise self._make_error(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"{SAVING}-{step}")

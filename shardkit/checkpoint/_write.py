@@ -3,6 +3,9 @@
 Arrays are copied to the host, so that they may be donated, and threads write the copies: one pass
 over each chunk gives its CRC-32, what it adds to the fingerprint of its leaf, and its file. When
 all are written they are synced. The first process collects what all have written.
+
+A large chunk that is in the step before, byte for byte, becomes a second name of that file: frozen
+weights take their space once, and each step is whole without the others.
 """
 
 import contextlib
@@ -40,6 +43,8 @@ from ._manifest import SavedFile
 # More than processors, as a thread that writes or syncs waits for the disk.
 _THREADS = 4
 _WAIT_SECONDS = 3600
+# A file that is less than this is written again, so that damage to it is that of one step.
+_LINKED_BYTES = _COMPARED_BYTES = 2**20
 
 # Name and record of a file; and if it is a chunk, its leaf and what it adds to the fingerprint.
 _Done = tuple[str, SavedFile, str, np.ndarray | None]
@@ -56,15 +61,19 @@ class Written:
 
 
 def start_writing(
-    folder: Path, leaves: Mapping[str, jax.Array], summed: bool, copies: list[np.ndarray | None]
+    folder: Path,
+    leaves: Mapping[str, jax.Array],
+    summed: bool,
+    copies: list[np.ndarray | None],
+    before: Path | None,
 ) -> Callable[[], Written]:
     """Copies arrays to the host and starts writing them; the arrays may be donated afterwards.
 
     None of `{folder of the leaf below that of the step: array}` is empty; `summed` adds up their
     fingerprints. `copies` are those of the last save, which is over. Their memory is used again,
     and they become those of this one: copying into new pages takes two and a half times the
-    processor time. Returns a function that waits until everything is written, and raises any error
-    of writing.
+    processor time. `before` is the folder of the step before, if there is one. Returns a function
+    that waits until everything is written, and raises any error of writing.
     """
     shapes = {leaf: x.shape for leaf, x in leaves.items()}
     chunks = _choose_chunks(leaves)
@@ -77,8 +86,10 @@ def start_writing(
         values = np.ascontiguousarray(values).reshape(values.shape)
         origin = [i * n for i, n in zip(at, chunks[leaf], strict=True)]
         sums = sum_words(values, origin, shapes[leaf]) if summed else None
-        name = chunk_name(leaf, at)
-        return name, _write_file(folder / name, bytes_of(values)), leaf, sums
+        name, content = chunk_name(leaf, at), bytes_of(values)
+        if before is not None and _link(before / name, folder / name, content):
+            return name, _describe(content), leaf, sums
+        return name, _write_file(folder / name, content), leaf, sums
 
     mine = [(leaf, s) for leaf, x in leaves.items() for s in x.addressable_shards]
     mine = [(leaf, shard) for leaf, shard in mine if shard.replica_id == 0]
@@ -139,7 +150,30 @@ def _write_file(path: Path, content: memoryview) -> SavedFile:
         # Starts writing without waiting for it, as a sync would; other systems start by themselves.
         if sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return _describe(content)
+
+
+def _describe(content: memoryview) -> SavedFile:
     return SavedFile(len(content), f"{zlib.crc32(content):08x}")
+
+
+def _link(path: Path, new: Path, content: memoryview) -> bool:
+    """Makes a large file with this content known by a second name; returns whether it did."""
+    if len(content) < _LINKED_BYTES:
+        return False
+    wanted = np.frombuffer(content, np.uint8)
+    # It may be deleted meanwhile, and not all file systems have second names.
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != len(content):
+            return False
+        for start in range(0, len(content), _COMPARED_BYTES):
+            found = np.frombuffer(file.read(_COMPARED_BYTES), np.uint8)
+            if not np.array_equal(found, wanted[start : start + _COMPARED_BYTES]):
+                return False
+        new.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, new)
+        return True
+    return False
 
 
 def _sync(path: Path) -> None:

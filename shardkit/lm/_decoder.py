@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
         """
         batch = {"inputs": inputs, "segment_ids": segment_ids}
         outer, weights = self.outer_params(), self.layer_params()
-        _, keys = split_layer_keys(self.dropout_key(key), self.config.num_layers)
+        keys = split_layer_keys(self.dropout_key(key), self.config.num_layers).layers
         x = self.first(outer, batch)
         x = scan_layers(self.layer(inputs.shape[1]), x, weights, batch, keys)
         return self.hidden(outer, self.split_sums(x)[0])

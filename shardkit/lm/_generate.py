@@ -17,6 +17,7 @@ from .._core.types import Key, Params
 from ..parallel import Strategy
 from ..rules import AxisRules
 from ..step._activations import Activations
+from ..step._inputs import put_key
 from ._cache import extend_cache, fill_cache
 from ._declare import decoder_model
 from ._decoder_config import DecoderConfig
@@ -88,9 +89,10 @@ class Generator:
         tokens, last = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], last[row] = prompt, len(prompt) - 1
-        key = jax.random.key(0) if key is None else key
-        given = (tokens, last, np.int32(len(prompts)), key, np.float32(temperature))
-        given = jax.device_put(given, NamedSharding(self.mesh, PartitionSpec()))
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        numbers = (tokens, last, np.int32(len(prompts)), np.float32(temperature))
+        shared = put_key(jax.random.key(0) if key is None else key, replicated)
+        given = (shared, *jax.device_put(numbers, replicated))
         drawn = np.asarray(self._program(params, given, count, tuple(stop))(params, *given))
         ends = [np.flatnonzero(np.isin(row, stop)) for row in drawn]
         pairs = zip(drawn[: len(prompts)], ends, strict=False)
@@ -162,10 +164,10 @@ def _generate(
     count: int,
     stop: tuple[int, ...],
     params: Params,
+    key: Key,
     tokens_BT: jax.Array,
     last_B: jax.Array,
     prompts: jax.Array,
-    key: Key,
     temperature: jax.Array,
 ) -> jax.Array:
     """Returns i32[rows, count]; what is behind the end of a sample means nothing."""

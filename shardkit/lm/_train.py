@@ -84,7 +84,7 @@ def train(
     beside = {"auto": auto, "off": None}
     kept = beside[cache] if cache in beside else Path(cache).expanduser()
     tuning = Tuning(model, lora, pretrained, loop)
-    tuning.check(process_group.count)
+    tuning.check()
     spec = declare_run(model, data, strategy, optimizer, lora=lora, **(compiling or {}))
     source = load_source(data, model.vocab)
     show_mesh(console, mesh)

@@ -69,7 +69,7 @@ class Tuning:
         """Returns the parameters with floats in place of codes."""
         return params if self.quantized is None else self.quantized.dequantize(params)
 
-    def check(self, processes: int) -> None:
+    def check(self) -> None:
         """Refuses exports that cannot be written, before a run starts.
 
         Raises:
@@ -86,9 +86,6 @@ class Tuning:
             if name == "export_adapter" and self.adapted is None:
                 why = "has nothing to write: no adapters are trained"
                 problems.append(Problem(subject, why, "--set lora.rank=8"))
-            if processes > 1 and self.adapted is not None:
-                why = f"has adapters, which one process writes, and the run has {processes}"
-                problems.append(Problem(subject, why, "shardkit convert RUN OUT --like HF_DIR"))
         raise_all(CheckpointError, "The result cannot be exported.", problems)
 
     @property

@@ -96,6 +96,32 @@ def invert_slots(slot_R: jax.Array, size: int) -> jax.Array:
     return invert(slot_R)
 
 
+def draw_row_words(key: jax.Array | None, choice_BTK: jax.Array) -> jax.Array | None:
+    """Returns u32[B, T, K, 2]: the data of a key for each row, None for no key.
+
+    Noise of a row is drawn from its own key, which moves with the row: where and among which others
+    an expert computes it, the mesh decides.
+    """
+    return None if key is None else jax.random.bits(key, (*choice_BTK.shape, 2), jnp.uint32)
+
+
+def dispatch_words(words: jax.Array | None, row_S: jax.Array) -> jax.Array | None:
+    """Returns u32[..., S, 2]: the words of the row in each slot, zeros in an empty one.
+
+    Args:
+      words: u32[..., 2] of as many rows, in dims of any sizes; None for no key.
+      row_S: i32[..., S], the row in each slot.
+    """
+    return None if words is None else _take_rows(words.reshape(*row_S.shape[:-1], -1, 2), row_S)
+
+
+def row_keys(words: jax.Array | None, rows: jax.Array) -> jax.Array | None:
+    """Returns key[..., S] for rows [..., S, E] and their words; None for no words."""
+    if words is None:
+        return None
+    return jax.random.wrap_key_data(words.reshape(*rows.shape[:-1], 2), impl="threefry2x32")
+
+
 def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of x[..., N, E] by i32[..., M], zeros where there is no such row."""
     return jnp.take_along_axis(x, index[..., None], -2, mode="fill", fill_value=0)

@@ -15,20 +15,25 @@ import jax.numpy as jnp
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.options import check_arguments, option_problems
-from .._core.types import PyTree
+from .._core.types import Key, PyTree
 from ._expert_dispatch import (
     assign_slots,
     batched_matmul,
     combine,
     dispatch,
+    dispatch_words,
+    draw_row_words,
     gather_from_slots,
     ragged_matmul,
+    row_keys,
     sort_by_expert,
 )
 from ._overridable import overridable
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 Mlp = Callable[[Any, jax.Array, Dot], jax.Array]
+KeyedMlp = Callable[[Any, jax.Array, Dot, Key | None], jax.Array]
+"""With a key for each row behind: for what draws beside the model (adapters)."""
 
 
 def experts(
@@ -73,8 +78,13 @@ def experts(
     [[10.0, 200.0, 0.0]]
     """
     _check(tokens, choices, shares, weights, capacity)
+
+    def keyed_mlp(weights: PyTree, rows: jax.Array, dot: Dot, keys: Key | None) -> jax.Array:
+        del keys
+        return mlp(weights, rows, dot)
+
     compute = overridable("experts", _experts, takes_weights=True)
-    return compute(tokens, choices, shares, weights, mlp, capacity=capacity)
+    return compute(tokens, choices, shares, weights, keyed_mlp, capacity=capacity, key=None)
 
 
 def _experts(
@@ -82,21 +92,25 @@ def _experts(
     choice_BTK: jax.Array,
     share_BTK: jax.Array,
     weights: PyTree,
-    mlp: Mlp,
+    mlp: KeyedMlp,
     capacity: int | None,
+    key: Key | None,
 ) -> jax.Array:
     batch, length, top_k = choice_BTK.shape
+    words = draw_row_words(key, choice_BTK)
     num_experts = jax.tree.leaves(weights)[0].shape[0]
     if capacity is not None:
         slot, row = assign_slots(choice_BTK.reshape(batch, -1), num_experts, capacity)
         h: Any = dispatch(x_BTE, row, slot, top_k)
         h = h.reshape(batch, num_experts, capacity, -1)
-        y = mlp(weights, h, batched_matmul).reshape(batch, num_experts * capacity, -1)
+        keys = row_keys(dispatch_words(words, row), h)
+        y = mlp(weights, h, batched_matmul, keys).reshape(batch, num_experts * capacity, -1)
         chosen: Any = gather_from_slots(y, row, slot)
         return combine(chosen, share_BTK)
     row, slot, sizes = sort_by_expert(choice_BTK.reshape(1, 1, -1), num_experts)
     h = dispatch(x_BTE.reshape(1, 1, batch * length, -1), row, slot, top_k)
-    y = mlp(weights, h, lambda rows, w: ragged_matmul(rows, w, sizes))
+    keys = row_keys(dispatch_words(words, row), h)
+    y = mlp(weights, h, lambda rows, w: ragged_matmul(rows, w, sizes), keys)
     chosen: Any = gather_from_slots(y, row, slot)
     return combine(chosen.reshape(batch, length * top_k, -1), share_BTK)
 

@@ -1,7 +1,7 @@
 """`sk.nn.layer_stack`: a loss as first → layers → last, which a pipeline can cut into stages."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,13 +12,28 @@ from ._remat import remat
 
 First = Callable[[Any, Any, Any], Any]
 Layer = Callable[[Any, Any, Any, Any], Any]
-Last = Callable[[Any, Any, Any], Any]
+Last = Callable[[Any, Any, Any, Any], Any]
+"""The user's, which takes no key, with a key behind: for what draws beside the model (adapters)."""
+
+
+class StackKeys(NamedTuple):
+    """Keys of the parts of a layer stack; all None for no key.
+
+    Attributes:
+      first: key[].
+      layers: key[layers].
+      last: key[].
+    """
+
+    first: Any = None
+    layers: Any = None
+    last: Any = None
 
 
 def layer_stack(
     first: First,
     layer: Layer,
-    last: Last,
+    last: Callable[[Any, Any, Any], Any],
     outer_params: Params,
     layers: Params,
     batch: Batch,
@@ -59,16 +74,22 @@ def layer_stack(
     0.759...
     """
     arrays = {"outer_params": outer_params, "layers": layers, "batch": batch, "key": key}
+
+    def keyed_last(outer_params: Params, x: PyTree, batch: Batch, key: Key | None) -> Any:
+        del key
+        return last(outer_params, x, batch)
+
     return overridable("layer_stack", _run_layer_stack, takes_weights=True)(
-        first, layer, last, **arrays
+        first, layer, keyed_last, **arrays
     )
 
 
-def split_layer_keys(key: Key | None, layers: int) -> tuple[Key | None, Key | None]:
-    """Returns the key of `first`, and key[layers] of the layers; None twice for no key."""
+def split_layer_keys(key: Key | None, layers: int) -> StackKeys:
+    """Returns keys of their own for `first`, each layer and `last`."""
     if key is None:
-        return None, None
-    return jax.random.fold_in(key, layers), jax.random.split(key, layers)
+        return StackKeys()
+    first, last = (jax.random.fold_in(key, layers + n) for n in (0, 1))
+    return StackKeys(first, jax.random.split(key, layers), last)
 
 
 def scan_layers(layer: Layer, x: PyTree, layers: Params, batch: Batch, keys: Key | None) -> PyTree:
@@ -100,9 +121,9 @@ def _run_layer_stack(
     batch: Batch,
     key: Key | None,
 ) -> Any:
-    first_key, keys = split_layer_keys(key, len(jax.tree.leaves(layers)[0]))
-    x = scan_layers(layer, first(outer_params, batch, first_key), layers, batch, keys)
-    out = last(outer_params, x, batch)
+    keys = split_layer_keys(key, len(jax.tree.leaves(layers)[0]))
+    x = scan_layers(layer, first(outer_params, batch, keys.first), layers, batch, keys.layers)
+    out = last(outer_params, x, batch, keys.last)
     loss = out[0] if isinstance(out, tuple) else out
     if isinstance(loss, Mean):
         loss = Mean(loss.total, without_gradient(WEIGHT, loss.weight))

@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from .._core.errors import CheckpointError, Problem, did_you_mean, raise_all
 from .._core.io import local_path, os_errors_as, write_atomic
 from .._core.tree import short_type
 from ..checkpoint import export_safetensors, open_safetensors
+from ..checkpoint._collective_errors import collective_errors, is_first_process
 from ._factors import AdaptedLeaf
 
 # (path of a weight, index of a matrix in stacked ones) -> name of its module.
@@ -71,17 +73,37 @@ def write_adapter(
 ) -> None:
     """Writes the two files; see `LoraModel.save`."""
     target = local_path(folder, CheckpointError, _NOT_SAVED)
-    modules = _name_modules(adapted, names, _NOT_SAVED)
-    existing = [p for p in (target / _WEIGHTS, target / _CONFIG) if p.exists()]
-    problems = [Problem(str(path), "exists already", "another folder") for path in existing]
-    raise_all(CheckpointError, _NOT_SAVED, problems)
-    tensors = {
-        f"{_tensor_name(module, name)}": matrix
-        for one in adapted
-        for name, value in factors[one.leaf.path].items()
-        for module, matrix in zip(modules[one.leaf.path], _matrices(one, name, value), strict=True)
-    }
-    text = json.dumps(_describe(adapted, modules, config), indent=2) + "\n"
+    # Adapters are small, and a stacked one is many matrices: the first process writes them all.
+    with collective_errors():
+        modules = _name_modules(adapted, names, _NOT_SAVED)
+        if is_first_process():
+            existing = [p for p in (target / _WEIGHTS, target / _CONFIG) if p.exists()]
+            problems = [Problem(str(path), "exists already", "another folder") for path in existing]
+            raise_all(CheckpointError, _NOT_SAVED, problems)
+    tensors = {}
+    for one in adapted:
+        for name, value in factors[one.leaf.path].items():
+            whole = _gather(value)
+            if is_first_process():
+                named = (_tensor_name(module, name) for module in modules[one.leaf.path])
+                tensors |= zip(named, _matrices(one, name, whole), strict=True)
+    with collective_errors():
+        if is_first_process():
+            _write_files(target, tensors, _describe(adapted, modules, config))
+
+
+def _gather(value: Any) -> Any:
+    """The whole of an array of which each process has a part; each of them makes the call."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return multihost_utils.process_allgather(value, tiled=True)
+    return value
+
+
+def _write_files(
+    target: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    """Writes both files or none."""
+    text = json.dumps(config, indent=2) + "\n"
     with os_errors_as(CheckpointError, _NOT_SAVED, target, "a folder that can be written"):
         target.mkdir(parents=True, exist_ok=True)
         export_safetensors(target / _WEIGHTS, tensors, {"format": "pt"})
@@ -100,6 +122,16 @@ def read_adapter(
     names: Names,
 ) -> Factors:
     """Reads the two files; see `LoraModel.load`."""
+    with collective_errors():
+        return _read_files(folder, adapted, like, names)
+
+
+def _read_files(
+    folder: str | os.PathLike[str],
+    adapted: Sequence[AdaptedLeaf],
+    like: Factors,
+    names: Names,
+) -> Factors:
     source = local_path(folder, CheckpointError, _NOT_READ)
     modules = _name_modules(adapted, names, _NOT_READ)
     odd = [p for p in (source / _WEIGHTS, source / _CONFIG) if p.exists() and not p.is_file()]

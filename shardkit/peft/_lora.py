@@ -93,11 +93,12 @@ class LoraModel:
         """Writes the adapters alone as PEFT does; needs the extra `[safetensors]`.
 
         `adapter_model.safetensors` has `base_model.model.<module>.lora_A.weight` f[rank, inputs]
-        and `lora_B.weight` f[outputs, rank], `adapter_config.json` their ranks and scales.
+        and `lora_B.weight` f[outputs, rank], `adapter_config.json` their ranks and scales. Several
+        processes make the call together; the first one gathers the adapters and writes the files.
 
         Args:
           folder: exists, or is made; files in it are not overwritten.
-          params: `state.params`; the adapters are copied to this host.
+          params: `state.params`; the adapters are copied to the host.
           names: `(path, index) -> module` of a weight; the index, a tuple, is that of a matrix in
             stacked ones, else (). By default the path with dots, without a last `kernel` or
             `weight`, the index behind.
@@ -105,7 +106,8 @@ class LoraModel:
           task_type: of PEFT, such as `"CAUSAL_LM"`.
 
         Raises:
-          CheckpointError: a file exists or cannot be written, or two matrices have one name.
+          CheckpointError: a file exists or cannot be written, or two matrices have one name. Of
+            several processes all raise it.
         """
         _, own = self._split(params, CheckpointError, jax.Array, np.ndarray)
         factors = _flatten(self.adapted, own)

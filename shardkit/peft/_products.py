@@ -21,17 +21,15 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
 from ..nn._deferred import OpenCall, leaving_open, open_call_p
 from ..nn._manual_axis_rules import on_shards
-from ..nn._overridable import is_overridden
+from ._dropout import MaskKey
 from ._factors import AdaptedLeaf
 from ._low_rank import multiply
 from ._open_calls import PRODUCT, WeightForm, call_again
 from ._tracked import MOVES, Tracked
 
 Values = Sequence[Any]
-Key = jax.Array | None
+Key = MaskKey | None
 
-# Folded into the key of a layer, so that the model's own draws stay what they were.
-_OF_LAYER = 0x10AC
 _REMAT = ("checkpoint", "remat2")
 _DERIVED = ("custom_jvp_call", "custom_vjp_call")
 _FOLD = "leave it out of sk.lora, or sk.lora(..., fold=True), which adds A B before the loss"
@@ -55,17 +53,17 @@ class Products:
 
     Attributes:
       dropout: probability that an element of an adapter's input is dropped.
-      elsewhere: whether a strategy decides which rows are multiplied, in which order.
       dims: `{path: what the dims of the weight are in its products}`, filled while it runs.
       problems: what cannot be followed, filled while it runs.
     """
 
     dropout: float = 0.0
-    elsewhere: bool = False
     dims: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
-    def call(self, loss: Callable[..., PyTree], args: Values, weights: PyTree, key: Key) -> PyTree:
+    def call(
+        self, loss: Callable[..., PyTree], args: Values, weights: PyTree, key: jax.Array | None
+    ) -> PyTree:
         """Calls a loss.
 
         Args:
@@ -80,7 +78,7 @@ class Products:
         with leaving_open():
             traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
         flat = [*jax.tree.leaves(weights, is_leaf=_is_adapted), *jax.tree.leaves(args[1:])]
-        results = [_plain(x) for x in self.run(traced, flat, key)]
+        results = [_plain(x) for x in self.run(traced, flat, key if key is None else MaskKey(key))]
         reached = {*self.dims, *(problem.subject for problem in self.problems)}
         for leaf in (x.of.leaf for x in flat if isinstance(x, Tracked)):
             if not reached & {leaf.path, str(leaf)}:
@@ -93,12 +91,11 @@ class Products:
     def run(self, program: Any, args: Values, key: Key, *, deltas: bool = False) -> list[Any]:
         """Evaluates a program; with `deltas` a product is only what the adapter adds to it."""
 
-        def compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        def compute(_: int, equation: core.JaxprEqn, values: list[Any]) -> Values:
             is_open = equation.primitive is open_call_p
             if not is_open and not any(map(_is_adapted, values)):
                 return _bind(equation, values)
-            own = None if key is None else jax.random.fold_in(key, index)
-            return self._evaluate(equation, values, own, deltas)
+            return self._evaluate(equation, values, key, deltas)
 
         return evaluate(program, args, compute)
 
@@ -110,8 +107,8 @@ class Products:
             return self.run(inner, values, key, deltas=deltas)
         if name in _REMAT:
             options = {option: params[option] for option in ("policy", "prevent_cse")}
-            run = functools.partial(self.run, params["jaxpr"], deltas=deltas)
-            return jax.checkpoint(run, **options)(values, key)
+            run = functools.partial(self.run, params["jaxpr"], key=key, deltas=deltas)
+            return jax.checkpoint(run, **options)(values)
         adapted = list(filter(_is_adapted, values))
         if name in MOVES and len(adapted) == 1 and _is_adapted(values[0]):
             return self._move(equation, values)
@@ -159,23 +156,30 @@ class Products:
                 stacked = self._check_dims(equation, x, dict.fromkeys(x.dims[0], "s"))
                 slices[index] = x if stacked else x.value
 
-        def body(carry: list[Any], each: tuple[list[Any], Key]) -> tuple[list[Any], list[Any]]:
+        own = key and key.next("scan")
+
+        def body(
+            carry: list[Any], each: tuple[list[Any], jax.Array]
+        ) -> tuple[list[Any], list[Any]]:
             sliced = [_drop_dim(x) if isinstance(x, Tracked) else x for x in each[0]]
-            results = self.run(equation.params["jaxpr"], [*consts, *carry, *sliced], each[1])
+            operands = [*consts, *carry, *sliced]
+            results = self.run(equation.params["jaxpr"], operands, own and own.fold(each[1]))
             plain = self._leave(equation, results)
             return plain[:carried], plain[carried:]
 
-        keys = None if key is None else jax.random.split(key, equation.params["length"])
         options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-        carry, stacked = jax.lax.scan(body, list(map(_plain, carry)), (slices, keys), **options)
+        turns = jax.numpy.arange(options["length"])
+        carry, stacked = jax.lax.scan(body, list(map(_plain, carry)), (slices, turns), **options)
         return [*carry, *stacked]
 
     def _branch(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
-        def run(branch: Any, operands: list[Any], key: Key) -> list[Any]:
-            return self._leave(equation, self.run(branch, operands, key))
+        own = key and key.next("cond")
+
+        def run(branch: Any, operands: list[Any]) -> list[Any]:
+            return self._leave(equation, self.run(branch, operands, own and own.fold(0)))
 
         branches = [functools.partial(run, branch) for branch in equation.params["branches"]]
-        return jax.lax.switch(values[0], branches, values[1:], key)
+        return jax.lax.switch(values[0], branches, values[1:])
 
     def _call_open(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
         """A part that a strategy may compute in its own way, or a product in such a part."""
@@ -183,19 +187,18 @@ class Products:
         if call.name == PRODUCT:
             return self._multiply_rows(equation, values, key)
         self._refuse(equation, list(filter(_is_adapted, values[: len(call.closed)])))
-        own = dataclasses.replace(self, elsewhere=self.elsewhere or is_overridden(call.name))
+        own = key and key.next(call.name)
 
-        def evaluate(program: Any, values: list[Any], given: Key) -> list[Any]:
+        def evaluate(program: Any, values: list[Any], given: jax.Array | None) -> list[Any]:
             sliced = [
                 self._take_layer(equation, x) if isinstance(x, Tracked) else x for x in values
             ]
-            own_key = key
-            if key is not None and given is not None:
-                own_key = jax.random.fold_in(given, _OF_LAYER)
-            return self._leave(equation, own.run(program, sliced, own_key))
+            return self._leave(
+                equation, self.run(program, sliced, own and MaskKey.of_function(given))
+            )
 
         form = WeightForm(_is_adapted, _plain)
-        return call_again(call, values, form, evaluate, key)
+        return call_again(call, values, form, evaluate, own and own.key)
 
     def _take_layer(self, equation: core.JaxprEqn, weight: Tracked) -> Tracked:
         """A weight as a function of an open call gets it: of all layers, or of one."""
@@ -217,7 +220,7 @@ class Products:
         rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
         if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
             return base
-        x = self._drop(weight, x, key)
+        x = self._drop(equation, weight, x, key)
         dtype = weight.value.dtype
         low = multiply_rows(x, weight.a.astype(dtype).squeeze(2))[0]
         b = weight.b.astype(dtype).squeeze(1).swapaxes(1, 2)
@@ -239,7 +242,7 @@ class Products:
         rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
         if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
             return base or _bind(equation, values)
-        delta = multiply(weight, self._drop(weight, x, key), side, equation.params)
+        delta = multiply(weight, self._drop(equation, weight, x, key), side, equation.params)
         return [base[0] + delta.astype(base[0].dtype)] if base else [Delta(delta, weight.of)]
 
     def _check_dims(self, equation: core.JaxprEqn, weight: Tracked, seen: dict[int, str]) -> bool:
@@ -261,23 +264,22 @@ class Products:
             self.problems.append(Problem(str(of.leaf), why, fix))
         return fits
 
-    def _drop(self, weight: Tracked, x: jax.Array, key: Key) -> jax.Array:
+    def _drop(self, equation: core.JaxprEqn, weight: Tracked, x: jax.Array, key: Key) -> jax.Array:
         """The input of an adapter, of floats; with a key some of its elements are dropped."""
         if not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
             x = x.astype(weight.value.dtype)  # x A has fractions
         if key is None:
             return x
         self._check_whole(weight)
-        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jax.numpy.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        own = key.next(weight.of.leaf.path)
+        if own.fits(x):
+            return own.drop(x, self.dropout)
+        why = f"is multiplied in {_describe(equation)} with other rows than its expert gets"
+        self.problems.append(Problem(str(weight.of.leaf), why, "dot(rows, w); or dropout=0"))
+        return x
 
     def _check_whole(self, weight: Tracked) -> None:
         """Devices with parts of a weight would drop other elements of its input than one does."""
-        if self.elsewhere:
-            why = "has inputs that the strategy computes in parts of its own (a stage, an expert), "
-            why += "where other elements would be dropped than one device drops"
-            problem = Problem(str(weight.of.leaf), why, "sk.lora(..., dropout=0), or leave it out")
-            self.problems.append(problem)
         sizes = weight.of.leaf.shape
         whole = [math.prod(sizes[label] for label in labels) for labels in weight.dims]
         if on_shards() and whole != list(weight.value.shape):

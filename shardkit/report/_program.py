@@ -236,16 +236,15 @@ class Declarations:
     Attributes:
       kinds: the kinds of parallelism, each on its mesh axis. On an axis without a kind every
         collective becomes a finding. Empty: nothing is declared, and no collective is judged.
-      by_specs: kinds of axes that the strategy does not name, derived from specs; they have a
-        minimum, and judge no collective.
+      by_specs: kinds of other axes, derived from specs; they have a minimum, and judge nothing.
       accumulate: micro-batches per step.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
         tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
       layers: number of transformer layers.
-      choices: experts per token (top k); with the two above it gives the minimum of expert
-        parallelism.
+      choices: experts per token (top k); with these two also that of expert parallelism.
+      ring_blocks: blocks of keys and values that a ring sends to a device; None without one.
       rules: messages about rules that matched nothing or are shadowed.
       constraints: activations that the model constrains, with the strategy's specs: part
         "activation", named as written, `constrain('batch', 'length', 'embed')`.
@@ -264,6 +263,7 @@ class Declarations:
     activation_bytes: int | None = None
     layers: int | None = None
     choices: int | None = None
+    ring_blocks: int | None = None
     rules: tuple[str, ...] = ()
     constraints: tuple[PlacedLeaf, ...] = ()
     activation_axes: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.scope_markers import OWNED
+from .._core.scope_markers import OWNED, RING_BLOCKS
 from .._core.tracing import recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
@@ -172,6 +172,7 @@ def _build_declared(
         activation_bytes=_activation_bytes(bound, layout, constrained),
         layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes), strategy),
         choices=_dim_size("choices", constrained, strategy),
+        ring_blocks=min((n for (n,) in recorded_facts(jaxpr.jaxpr, RING_BLOCKS)), default=None),
         rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
             PlacedLeaf(

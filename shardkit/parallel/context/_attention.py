@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ..._core.errors import Problem, ShardingError, raise_all
+from ..._core.scope_markers import RING_BLOCKS
+from ..._core.tracing import record_fact
 from ..._core.tree import short_type
 from ...nn._blockwise import BlockOptions
 from ...nn._overridable import Override, StepContext, manual_axes
@@ -124,13 +126,19 @@ class ContextAttention(Override):
             head_axes=head_axes,
             vmapped_axes=around.gradient_shard_axes,
         )
+        blocks = layout.size - 1
+        if causal and isinstance(window, int) and isinstance(layout, RingAttention):
+            # A block's first query sees window - 1 keys of the blocks before.
+            needed = -(-(window - 1) // (query.shape[1] // layout.size))
+            if needed < blocks:
+                blocks, layout = needed, dataclasses.replace(layout, reach=needed)
         hidden = Hidden(segment_ids)
         if window is not None:
             positions = jax.lax.broadcasted_iota(jnp.int32, query.shape[:2], 1)
             hidden = Hidden(segment_ids, positions, positions - window + 1)
         options = BlockOptions(causal, softcap=softcap)
         arguments = (query, key, value, hidden, options, layout)
-        return context_parallel_attention(*arguments)
+        return record_fact(context_parallel_attention(*arguments), RING_BLOCKS, blocks)
 
     @property
     def _layout(self) -> type[AttentionLayout]:

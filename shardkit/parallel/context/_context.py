@@ -7,7 +7,9 @@ values together:
 
 - ring: n−1 blocks of K and V forward; K, V and their gradients (in f32) backward:
   3(n−1) · KV. Under a causal mask the zig-zag order that gives every device the same work costs a
-  swap of half of q, k, v and the output, and of their gradients, with one partner: 2Q + KV.
+  swap of half of q, k, v and the output, and of their gradients, with one partner: 2Q + KV. A
+  window that is an int reaches b = ⌈(window − 1) / block⌉ blocks: where that is less than n−1, only
+  these are sent, 3b · KV, and there is no swap.
 - all-to-all: q, k, v and the output exchange length for heads and back, forward and backward:
   (n−1)/n · 2(2Q + KV).
 
@@ -140,7 +142,8 @@ class Context(Kind):
         if queries is None or keys is None or layers is None:
             return None
         if self.attention == "ring":
-            return ring_bytes(n, 2 * keys, layers)
+            blocks = program.declared.ring_blocks
+            return ring_bytes(n if blocks is None else blocks + 1, 2 * keys, layers)
         return all_to_all_bytes(n, queries, 2 * keys, layers)
 
     def excess(

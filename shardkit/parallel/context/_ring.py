@@ -10,6 +10,10 @@ the low keys, and then either low see low (the block is of a device whose pieces
 or high see high. With n = 4, device 1 holds pieces 2 and 5; of the block of device 3 (1 and 6) it
 sees 1 with both of its own, of the block of device 2 (3 and 4) it sees both with its piece 5. So
 every step costs every device the same, without a mask and without a branch.
+
+Under a window that is known when the program is traced, the length stays in order, and only the
+blocks that a window reaches rotate: with 4 devices and a window of a block and a half, two permutes
+in place of three, and no swap. The devices at the front hide the blocks that come from the end.
 """
 
 import dataclasses
@@ -42,8 +46,26 @@ def neighbours(n: int) -> Pairs:
 
 
 @final
+@dataclasses.dataclass(frozen=True)
 class RingAttention(ZigzagAttention):
-    """Rotates keys and values round the devices of the axis."""
+    """Rotates keys and values round the devices of the axis.
+
+    Attributes:
+      reach: how many blocks before a device's own the windows of its queries reach; None for all.
+    """
+
+    reach: int | None = None
+
+    def move_to_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
+        """In zig-zag order; under a window that does not reach all blocks, in order."""
+        return x if self.reach is not None else super().move_to_compute(x, options)
+
+    def move_from_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
+        """The inverse."""
+        return x if self.reach is not None else super().move_from_compute(x, options)
+
+    def _schedule(self, options: BlockOptions) -> "RingSchedule":
+        return RingSchedule(self.axis, self.size, options.causal, self.reach)
 
     def exchange_pairs(self, x: jax.Array, pairs: Pairs) -> jax.Array:
         """One permute."""
@@ -51,29 +73,33 @@ class RingAttention(ZigzagAttention):
 
     def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
         """One device's queries against its own keys, then against each block that rotates in."""
-        ring = RingSchedule(self.axis, self.size, options.causal)
-        partial = ring.split(attend(queries, keys, options), QUERY_LENGTH)
+        ring = self._schedule(options)
+        last, partial = ring.last, ring.split(attend(queries, keys, options), QUERY_LENGTH)
         queries, keys = ring.split(queries, QUERY_LENGTH), ring.split(keys, KEY_LENGTH)
 
         def body(carry: tuple[Partial, Keys], step: jax.Array) -> tuple[Any, None]:
             partial, block = carry
             following = ring.rotate(block)  # in flight while this block is attended to
-            return (
-                accumulate_block(partial, queries, block, ring.visible(step), options),
-                following,
-            ), None
+            return (add_block(partial, block, step), following), None
 
-        start = partial, ring.rotate(keys)
-        (partial, block), _ = jax.lax.scan(body, start, jnp.arange(1, self.size - 1))
-        partial = accumulate_block(partial, queries, block, ring.visible(self.size - 1), options)
+        def add_block(partial: Partial, block: Keys, step: Any) -> Partial:
+            seeing = ring.hide_later(queries, step)
+            return accumulate_block(partial, seeing, block, ring.visible(step), options)
+
+        if last:
+            start = partial, ring.rotate(keys)
+            (partial, block), _ = jax.lax.scan(body, start, jnp.arange(1, last))
+            partial = add_block(partial, block, last)
         return ring.concatenate(partial, QUERY_LENGTH)
 
     def attend_shard_backward(
         self, queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
     ) -> Gradients:
         """Gradients of the queries stay; those of a block follow it and end on its device."""
-        ring, last = RingSchedule(self.axis, self.size, options.causal), self.size - 1
+        ring = self._schedule(options)
         dq, dk, dv = attend_backward(queries, keys, cotangents, options)
+        if not (last := ring.last):
+            return dq, dk, dv
         dq = ring.split(dq, QUERY_LENGTH)
         queries, cotangents = ring.split((queries, cotangents), QUERY_LENGTH)
         keys = ring.split(keys, KEY_LENGTH)
@@ -88,9 +114,9 @@ class RingAttention(ZigzagAttention):
         #   device 0                                g, added to what device 0 found itself
 
         def add_block(dq: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
-            visible = ring.visible(step)
+            seeing, visible = ring.hide_later(queries, step), ring.visible(step)
             return accumulate_block_backward(
-                dq, queries, cotangents, block, visible, options=options
+                dq, seeing, cotangents, block, visible, options=options
             )
 
         def add_to_sums(dq: Any, sums: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
@@ -110,7 +136,7 @@ class RingAttention(ZigzagAttention):
             start = dq, sums, following
             (dq, sums, block), _ = jax.lax.scan(body, start, jnp.arange(2, last))
             dq, sums = add_to_sums(dq, sums, block, last)
-        dk_sum, dv_sum = ring.concatenate(ring.rotate(sums), KEY_LENGTH)
+        dk_sum, dv_sum = ring.concatenate(ring.rotate(sums, self.size - last), KEY_LENGTH)
         return ring.concatenate(dq, QUERY_LENGTH), dk + dk_sum, dv + dv_sum
 
 
@@ -118,16 +144,27 @@ class RingAttention(ZigzagAttention):
 class RingSchedule:
     """Which block is where on a ring of n devices, and which pieces of it are visible.
 
-    A device's part of the length is one piece or, causally, two.
+    A device's part of the length is one piece or, in zig-zag order, two.
     """
 
     axis: str
     n: int
     causal: bool
+    reach: int | None = None
+
+    @property
+    def last(self) -> int:
+        """How often a block rotates."""
+        return self.n - 1 if self.reach is None else self.reach
+
+    @property
+    def is_zigzag(self) -> bool:
+        """Whether a device holds a low and a high piece of the length."""
+        return self.causal and self.reach is None
 
     def split(self, tree: PyTree, dim: int) -> Any:
         """Cuts the length of arrays into pieces, stacked in dim 0; segments have it in dim 1."""
-        pieces = 2 if self.causal else 1
+        pieces = 2 if self.is_zigzag else 1
 
         def cut(x: jax.Array) -> jax.Array:
             return jnp.stack(jnp.split(x, pieces, 1 if x.ndim == 2 else dim))
@@ -138,9 +175,18 @@ class RingSchedule:
         """The inverse of `split`."""
         return jax.tree.map(lambda x: jnp.concatenate(list(x), dim), tree)
 
-    def rotate(self, tree: PyTree) -> Any:
-        """Sends arrays to the next device and receives those of the device before."""
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), tree)
+    def rotate(self, tree: PyTree, by: int = 1) -> Any:
+        """Sends arrays to the next device, or further, and receives those of one before."""
+        pairs = [(sender, (receiver + by - 1) % self.n) for sender, receiver in neighbours(self.n)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
+
+    def hide_later(self, queries: Queries, step: Any) -> Queries:
+        """Queries that see no key of a block that is here from behind their own, round the ring."""
+        if self.reach is None or queries.first is None:
+            return queries
+        is_before = jax.lax.axis_index(self.axis) >= step
+        nothing = jnp.iinfo(jnp.int32).max
+        return queries._replace(first=jnp.where(is_before, queries.first, nothing))
 
     def visible(self, step: Any) -> tuple[jax.Array, jax.Array]:
         """Visible pieces of the block that is here after so many rotations."""
@@ -148,7 +194,7 @@ class RingSchedule:
 
     def visible_from(self, device: Any) -> tuple[jax.Array, jax.Array]:
         """Pieces of this device's queries, and for each a visible piece of a device's block."""
-        if not self.causal:
+        if not self.is_zigzag:
             return jnp.zeros(1, int), jnp.zeros(1, int)
         own, other = lower_piece(jax.lax.axis_index(self.axis), self.n), lower_piece(device, self.n)
         same = jnp.where(other < own, 0, 1)  # low see low, or high see high

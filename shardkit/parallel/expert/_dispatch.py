@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ...nn._overridable import StepContext, current_mesh, is_partly_manual, manual_axes
 
 Mlp = Callable[..., jax.Array]
-RunMlp = Callable[[jax.Array, Callable[..., jax.Array]], jax.Array]
-"""`(rows, dot) → rows`: the model's MLP with its weights."""
+RunMlp = Callable[[jax.Array, Callable[..., jax.Array], jax.Array | None], jax.Array]
+"""`(rows, dot, keys of the rows or None) → rows`: the model's MLP with its weights."""
 
 
 @dataclasses.dataclass(frozen=True)

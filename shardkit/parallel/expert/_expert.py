@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.types import Params
-from ...nn._expert_dispatch import combine
+from ...nn._expert_dispatch import combine, draw_row_words
 from ...nn._overridable import Override, StepContext
 from ...report import LedgerRow, Program
 from .._kind import Kind, spare_share
@@ -144,17 +144,19 @@ def _run_experts(
     weights: Params,
     mlp: Mlp,
     capacity: int | None,
+    key: jax.Array | None,
 ) -> jax.Array:
     number = jax.tree.leaves(weights)[0].shape[0]
     _check_divisible(groups.axis, groups.devices, number)
-    x_GBTE, choice_GBTK, share_GBTK = map(groups.split_groups, (x_BTE, choice_BTK, share_BTK))
+    arrays = x_BTE, choice_BTK, share_BTK, draw_row_words(key, choice_BTK)
+    x_GBTE, choice_GBTK, share_GBTK, words = jax.tree.map(groups.split_groups, arrays)
 
-    def run_mlp(rows: jax.Array, dot: Any) -> jax.Array:
-        return mlp(weights, rows, dot)
+    def run_mlp(rows: jax.Array, dot: Any, keys: jax.Array | None) -> jax.Array:
+        return mlp(weights, rows, dot, keys)
 
     if capacity is not None:
         y = run_with_capacity(
-            groups, run_mlp, x_GBTE, choice_GBTK, number=number, capacity=capacity
+            groups, run_mlp, x_GBTE, choice_GBTK, words, number=number, capacity=capacity
         )
         return groups.merge_groups(combine(y, share_GBTK))
     # A device's rows side by side: the dropless exchange does not need rows of the batch.
@@ -163,7 +165,7 @@ def _run_experts(
     expert_GDR = choice_GBTK.reshape(G, groups.devices, -1)
     ragged = groups.is_fully_automatic and groups.platform in PLATFORMS
     run = run_dropless_ragged if ragged else run_dropless_padded
-    y = run(groups, run_mlp, x_GDTE, expert_GDR, number)
+    y = run(groups, run_mlp, x_GDTE, expert_GDR, words, number=number)
     return groups.merge_groups(combine(y.reshape(G, B, T * K, -1), share_GBTK))
 
 

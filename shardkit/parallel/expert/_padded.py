@@ -13,8 +13,10 @@ from ...nn._expert_dispatch import (
     assign_slots,
     batched_matmul,
     dispatch,
+    dispatch_words,
     gather_from_slots,
     ragged_matmul,
+    row_keys,
     sort_by_expert,
 )
 from ._dispatch import ExpertGroups, RunMlp
@@ -25,6 +27,7 @@ def run_with_capacity(
     run_mlp: RunMlp,
     x_GBTE: jax.Array,
     choice_GBTK: jax.Array,
+    words: jax.Array | None,
     *,
     number: int,
     capacity: int,
@@ -32,9 +35,10 @@ def run_with_capacity(
     """[G, B, T · K, E]: every row of the batch sends the slots of all experts, full or not."""
     G, B, T, K = choice_GBTK.shape
     slot, row = assign_slots(choice_GBTK.reshape(G, B, T * K), number, capacity)
-    h: Any = dispatch(x_GBTE, row, slot, K)
-    h = groups.to_experts(h.reshape(G, B, number, capacity, -1))
-    y = groups.from_experts(run_mlp(h, batched_matmul))
+    slots: Any = dispatch(x_GBTE, row, slot, K), dispatch_words(words, row)
+    slots = jax.tree.map(lambda x: x.reshape(G, B, number, capacity, -1), slots)
+    h, words = jax.tree.map(groups.to_experts, slots)
+    y = groups.from_experts(run_mlp(h, batched_matmul, row_keys(words, h)))
     return gather_from_slots(y.reshape(G, B, number * capacity, -1), row, slot)
 
 
@@ -43,6 +47,8 @@ def run_dropless_padded(
     run_mlp: RunMlp,
     x_GDTE: jax.Array,
     expert_GDR: jax.Array,
+    words: jax.Array | None,
+    *,
     number: int,
 ) -> jax.Array:
     """[G, D, R, E]: every device sends R slots to every device, since all rows could go to one."""
@@ -55,15 +61,18 @@ def run_dropless_padded(
     G, D, R = expert_GDR.shape
     own, choices = number // D, R // x_GDTE.shape[2]
     slot, row = assign_slots(expert_GDR // own, D, R)
-    h: Any = dispatch(x_GDTE, row, slot, choices)
-    h = h.reshape(G, D, D, R, -1)
     expert = jnp.take_along_axis(expert_GDR % own, row, -1, mode="fill", fill_value=own)
-    h, expert = groups.to_experts(h), groups.to_experts(expert.reshape(G, D, D, R))
-    h, expert = h.swapaxes(1, 2), expert.swapaxes(1, 2)  # [G, receiver, sender, R, ...]
-    order, place, sizes = sort_by_expert(expert.reshape(G, D, D * R), own)
-    h = dispatch(h.reshape(G, D, D * R, -1), order, place, 1)
-    y = gather_from_slots(
-        run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device)), order, place
-    )
+    slots: Any = dispatch(x_GDTE, row, slot, choices), expert[..., None], dispatch_words(words, row)
+
+    def send(x: jax.Array) -> jax.Array:  # [G, receiver, slots of all senders, ...]
+        sent = groups.to_experts(x.reshape(G, D, D, R, -1))
+        return sent.swapaxes(1, 2).reshape(G, D, D * R, -1)
+
+    h, expert, words = jax.tree.map(send, slots)
+    order, place, sizes = sort_by_expert(expert[..., 0], own)
+    h: Any = dispatch(h, order, place, 1)
+    keys = row_keys(dispatch_words(words, order), h)
+    y = run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device), keys)
+    y = gather_from_slots(y, order, place)
     y = groups.from_experts(y.reshape(G, D, D, R, -1).swapaxes(1, 2))
     return gather_from_slots(y.reshape(G, D, D * R, -1), row, slot)

@@ -19,9 +19,11 @@ from jax.custom_batching import custom_vmap
 
 from ...nn._expert_dispatch import (
     dispatch,
+    dispatch_words,
     gather_from_slots,
     merge_mapped_dim,
     ragged_matmul,
+    row_keys,
     sort_by_expert,
 )
 from ._dispatch import ExpertGroups, RunMlp
@@ -89,6 +91,8 @@ def run_dropless_ragged(
     run_mlp: RunMlp,
     x_GDTE: jax.Array,
     expert_GDR: jax.Array,
+    words: jax.Array | None,
+    *,
     number: int,
 ) -> jax.Array:
     """[G, D, R, E]: each device sends its rows, sorted by expert, and nothing else."""
@@ -97,13 +101,17 @@ def run_dropless_ragged(
     order, place, counts = sort_by_expert(expert_GDR, number)
     counts = groups.gather(counts)
     plan = RaggedExchange.of(counts)
-    h: Any = dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2])
-    h = exchange(groups.run_manual, groups.axis, capacity, h, plan)
-    h = checkpoint_name(h, "experts_in")
+    sent: Any = (
+        dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2]),
+        dispatch_words(words, order),
+    )
+    send = functools.partial(exchange, groups.run_manual, groups.axis, capacity)
+    h, words = jax.tree.map(lambda x: checkpoint_name(send(x, plan), "experts_in"), sent)
     # Received rows are sorted by sender first; the products take them by expert.
     by_expert, by_sender, sizes = sort_by_expert(received_experts(counts, capacity), own)
-    h = dispatch(h, by_expert, by_sender, 1)
-    y = run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device))
+    h: Any = dispatch(h, by_expert, by_sender, 1)
+    keys = row_keys(dispatch_words(words, by_expert), h)
+    y = run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device), keys)
     y = gather_from_slots(y, by_expert, by_sender)
     y = exchange(groups.run_manual, groups.axis, rows, y, plan.inverse)
     return gather_from_slots(checkpoint_name(y, "experts_out"), order, place)

@@ -20,7 +20,7 @@ import numpy as np
 from ..._core.precision import widen
 from ..._core.scope_markers import annotate_branch_counts, recomputed
 from ..._core.types import Mean, Params, PyTree
-from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
+from ...nn._layer_stack import First, Last, Layer, StackKeys, scan_layers, stop_aux_gradients
 from ._tick_program import Branch, Exchange, TickProgram
 
 TickRow = dict[str, jax.Array]
@@ -55,8 +55,7 @@ class StageExecutor:
     is_layer: jax.Array | None  # bool[chunks, depth], false for padding; None where there is none
     layer_counts: tuple[int, int]  # places that are padding, and that are layers, on all stages
     rows: PyTree  # pytree of `[micro-batch rows, micro-batches, ...]`, and scalars
-    # `(micro-batch) → (key of first, keys of the layers [chunks, depth])`; or Nones
-    keys: Callable[[jax.Array], tuple[Any, Any]]
+    keys: Callable[[jax.Array], StackKeys]  # of a micro-batch; those of layers [chunks, depth]
     program: TickProgram  # slots and exchanges of the schedule
 
     def run(self, stage: jax.Array, message: PyTree, outputs: PyTree, train: bool) -> StageState:
@@ -115,12 +114,12 @@ class StageExecutor:
         return [_without_layout(functions.get(b, idle) if b in used else idle) for b in Branch]
 
     def _forward(self, train: bool, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
-        first_key, _ = self.keys(row["micro"])
+        keys = self.keys(row["micro"])
         x = self._cond(
             "first",
             Branch.FORWARD,
             row,
-            lambda: self.first(self.outer_params, self._micro_batch(row), first_key),
+            lambda: self.first(self.outer_params, self._micro_batch(row), keys.first),
             lambda: _read_slot(state.slots, row["input"]),
         )
         y = self._part(row)(self._weights(row), x)
@@ -131,7 +130,9 @@ class StageExecutor:
                 row,
                 lambda: _add(
                     state.outputs,
-                    last_outputs(self.last, self.outer_params, y, self._micro_batch(row)),
+                    last_outputs(
+                        self.last, self.outer_params, y, self._micro_batch(row), keys.last
+                    ),
                 ),
                 lambda: state.outputs,
             )
@@ -168,11 +169,12 @@ class StageExecutor:
         self, within: Branch, state: StageState, row: TickRow, y: Any
     ) -> tuple[PyTree, StageState]:
         """The gradient of a part's output: of the loss after the last part, else what arrived."""
-        rows = self._micro_batch(row)
+        rows, key = self._micro_batch(row), self.keys(row["micro"]).last
 
         def of_loss() -> tuple[Any, Any, Any]:
             def total(trained: Any, y: Any) -> tuple[jax.Array, Any]:
-                outputs = last_outputs(self.last, _fill(trained, self.outer_params), y, rows)
+                outer_params = _fill(trained, self.outer_params)
+                outputs = last_outputs(self.last, outer_params, y, rows, key)
                 return outputs[0].total, outputs
 
             (g_outer, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self._trained_outer, y)
@@ -191,7 +193,7 @@ class StageExecutor:
         self, within: Branch, state: StageState, row: TickRow, g_x: Any
     ) -> StageState:
         """Adds the gradient of `first`, from that of the first part's input."""
-        rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
+        rows, key = self._micro_batch(row), self.keys(row["micro"]).first
 
         def first_gradient() -> Any:
             with recomputed():
@@ -224,7 +226,7 @@ class StageExecutor:
 
     def _part(self, row: TickRow) -> Callable[[Any, Any], Any]:
         """`(weights [depth, ...], x) → x`: the layers of one part on one micro-batch."""
-        rows, (_, keys) = self._micro_batch(row), self.keys(row["micro"])
+        rows, keys = self._micro_batch(row), self.keys(row["micro"]).layers
         keys = None if keys is None else keys[row["chunk"]]
         if self.is_layer is None:
             return lambda weights, x: scan_layers(self.layer, x, weights, rows, keys)
@@ -280,9 +282,11 @@ def _fill(trained: PyTree, params: PyTree) -> Any:
     )
 
 
-def last_outputs(last: Last, outer_params: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
+def last_outputs(
+    last: Last, outer_params: Any, x: Any, rows: Any, key: Any
+) -> tuple[Mean, dict[str, Mean]]:
     """What `last` returns, each scalar as a `Mean` of f32 or wider."""
-    out = stop_aux_gradients(last(outer_params, x, rows))
+    out = stop_aux_gradients(last(outer_params, x, rows, key))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     return _as_mean(loss), {name: _as_mean(value) for name, value in metrics.items()}
 

@@ -22,7 +22,7 @@ from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import RandomDraws, part_keys
 from ..._core.tracing import uses_dtype
 from ..._core.types import Batch, Key, Mean, Params, PyTree
-from ...nn._layer_stack import First, Last, Layer, split_layer_keys
+from ...nn._layer_stack import First, Last, Layer, StackKeys, split_layer_keys
 from ...nn._overridable import StepContext
 from ._closures import closure_problems
 from ._executor import StageExecutor, last_outputs, select
@@ -49,7 +49,7 @@ class LayerStackCall:
         weights = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layers)
         yield from closure_problems("first", self.first, (outer, batch, key))
         yield from closure_problems("layer", self.layer, (weights, x, batch, key))
-        yield from closure_problems("last", self.last, (outer, x, batch))
+        yield from closure_problems("last", self.last, (outer, x, batch, key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PipelineProgram:
     around: StepContext  # the step
     stage_layout: StageLayout  # which layers each stage works on
     draws: RandomDraws  # which random draws grow with the rows, and how the rows are split
-    # u32[layers + 1, 2], data of the keys of the layers and of `first`; None for no key
+    # u32[layers + 2, 2], data of the keys of the layers, of `first` and of `last`; None for no key
     words: jax.Array | None
     message: PyTree  # what is sent between stages, abstract
     returned: Any  # what `last` returns, abstract
@@ -82,16 +82,18 @@ class PipelineProgram:
         """
         devices = math.prod(around.mesh.shape[axis] for axis in manual_row_axes(around))
         parts = devices * micro_batches
-        first_key, keys_of_layers = split_layer_keys(call.key, layout.layers)
+        keys = split_layer_keys(call.key, layout.layers)
         rows = _abstract_rows(call.batch, parts)
-        message = jax.eval_shape(call.first, call.outer_params, rows, first_key)
+        message = jax.eval_shape(call.first, call.outer_params, rows, keys.first)
         _check_message(message)
-        _check_range(call, layers, message, rows, (first_key, keys_of_layers))
+        _check_range(call, layers, message, rows, keys)
         words = None
         grown = ()
-        if first_key is not None and keys_of_layers is not None:
-            words = jax.random.key_data(jnp.concatenate([keys_of_layers, first_key[None]]))
-            grown = _find_grown_draws(call, layers, parts, (first_key, keys_of_layers[0]))
+        if call.key is not None:
+            ends = jnp.stack([keys.first, keys.last])
+            words = jax.random.key_data(jnp.concatenate([keys.layers, ends]))
+            grown = _find_grown_draws(call, layers, parts, keys)
+        last = call.outer_params, message, rows, keys.last
         return cls(
             call=call,
             around=around,
@@ -99,10 +101,8 @@ class PipelineProgram:
             draws=RandomDraws(devices, grown, micro_batches),
             words=words,
             message=message,
-            returned=jax.eval_shape(call.last, call.outer_params, message, rows),
-            outputs=jax.eval_shape(
-                functools.partial(last_outputs, call.last), call.outer_params, message, rows
-            ),
+            returned=jax.eval_shape(call.last, *last),
+            outputs=jax.eval_shape(functools.partial(last_outputs, call.last), *last),
         )
 
     def evaluate(self, table: PipelineSchedule, *args: Any) -> Any:
@@ -194,13 +194,11 @@ class PipelineProgram:
         shard = jax.lax.axis_index(rows) if rows else jnp.zeros((), jnp.int32)
         numbers = jnp.asarray(layout.numbers)[stage]
 
-        def keys(micro: jax.Array) -> tuple[Any, Any]:
+        def keys(micro: jax.Array) -> StackKeys:
             if words is None:
-                return None, None
-            first, own = (
-                part_keys(w, self.draws, shard, micro) for w in (words[-1], words[numbers])
-            )
-            return first, own
+                return StackKeys()
+            own = words[-2], words[numbers], words[-1]
+            return StackKeys(*(part_keys(w, self.draws, shard, micro) for w in own))
 
         executor = StageExecutor(
             axis=layout.axis,
@@ -244,20 +242,27 @@ def _abstract_rows(batch: Any, parts: int) -> Any:
     )
 
 
-def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
-    """Finds the random draws of `first` and a layer whose shapes grow with the number of rows."""
+def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: StackKeys) -> Any:
+    """Finds the random draws of the three parts whose shapes grow with the number of rows."""
 
-    def draws(outer_params: Any, weights: Any, rows: Any, first_key: Any, layer_key: Any) -> Any:
-        return call.layer(weights, call.first(outer_params, rows, first_key), rows, layer_key)
+    def draws(outer_params: Any, weights: Any, rows: Any, *keys: Any) -> Any:
+        first_key, layer_key, last_key = keys
+        x = call.layer(weights, call.first(outer_params, rows, first_key), rows, layer_key)
+        return call.last(outer_params, x, rows, last_key)
 
+    one_layer = keys._replace(layers=keys.layers[0])
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
     part, whole = (
         jax.eval_shape(
-            lambda *args: args, call.outer_params, weights, _abstract_rows(call.batch, n), *keys
+            lambda *args: args,
+            call.outer_params,
+            weights,
+            _abstract_rows(call.batch, n),
+            *one_layer,
         )
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole, keys=2).row_dims
+    return match_draws(draws, parts, part, whole, keys=len(keys)).row_dims
 
 
 def _check_message(message: Any) -> None:
@@ -270,15 +275,17 @@ def _check_message(message: Any) -> None:
     raise_all(StepError, "Stages can only send floating-point arrays.", problems, fix)
 
 
-def _check_range(call: LayerStackCall, layers: Any, message: Any, rows: Any, keys: Any) -> None:
+def _check_range(
+    call: LayerStackCall, layers: Any, message: Any, rows: Any, keys: StackKeys
+) -> None:
     """Refuses float16: a stage sums gradients over rows whose weight it does not know."""
 
-    def run(outer_params: Any, layers: Any, x: Any, rows: Any, first_key: Any, keys: Any) -> Any:
-        call.first(outer_params, rows, first_key)
-        weights, key = jax.tree.map(lambda w: w[0], (layers, keys))
-        return call.last(outer_params, call.layer(weights, x, rows, key), rows)
+    def run(outer_params: Any, layers: Any, x: Any, rows: Any, keys: StackKeys) -> Any:
+        call.first(outer_params, rows, keys.first)
+        weights, key = jax.tree.map(lambda w: w[0], (layers, keys.layers))
+        return call.last(outer_params, call.layer(weights, x, rows, key), rows, keys.last)
 
-    jaxpr = jax.make_jaxpr(run)(call.outer_params, layers, message, rows, *keys).jaxpr
+    jaxpr = jax.make_jaxpr(run)(call.outer_params, layers, message, rows, keys).jaxpr
     if uses_dtype(jaxpr, jnp.float16):
         why = "computes in float16, which sums of gradients over the rows of a stage may overflow"
         fix = 'bfloat16: precision="bfloat16", or x.astype(jnp.bfloat16) in the model'

@@ -1,0 +1,250 @@
+"""Adapters whose inputs are dropped drop the same elements on every mesh.
+
+The loss, its masks and their keys are written by hand, on one device and without `sk`.
+"""
+
+import dataclasses
+import zlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.parallel.expert import _expert
+
+from .test_expert_parallel import exchanged
+from .test_lora_parts import (
+    BATCH,
+    CAPACITY,
+    CHOICES,
+    EXPERTS,
+    LAYERS,
+    PIPE,
+    SCALE,
+    SGD,
+    WIDTH,
+    S,
+    make_model,
+    pipeline,
+)
+
+RATE = 0.3
+LORA, FUNCTION = 0x10AB, 0x10AC  # folded into the step's key, and into those of functions
+
+
+def next_key(key, name):
+    """The key of the first product, or part, of a name."""
+    for number in (zlib.crc32(name.encode()), 0):
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def drop(x, key):
+    return jnp.where(jax.random.bernoulli(key, 1 - RATE, x.shape), x / (1 - RATE), 0)
+
+
+def drop_rows(x, keys, name):
+    """x [*rows, width] with a key for each row."""
+    run = lambda x, key: drop(x, next_key(jax.random.fold_in(key, FUNCTION), name))  # noqa: E731
+    for _ in keys.shape:
+        run = jax.vmap(run)
+    return run(x, keys)
+
+
+def loss_by_hand(params, batch, key, capacity):
+    """Every expert computes every choice of every token, dropped as its own key says."""
+    lora, x = params["lora"], batch["x"]
+
+    def adapt(x, dropped, w, ab):
+        return x @ w + SCALE * (dropped @ ab["a"]) @ ab["b"]
+
+    stack = key  # which the model gives to its layer stack
+    for index, key in enumerate(jax.random.split(stack, LAYERS)):
+        key = jax.random.fold_in(key, FUNCTION)
+        w, ab = jax.tree.map(lambda v: v[index], (params["layers"], lora["layers"]))  # noqa: B023
+        h = x + jnp.arange(WIDTH) / WIDTH
+        x = x + jnp.tanh(adapt(h, drop(h, next_key(key, "layers/mix")), w["mix"], ab["mix"]))
+        p = jax.nn.softmax(jax.lax.stop_gradient(x) @ w["router"])
+        best, chosen = jax.lax.top_k(p, CHOICES)
+        one_hot = jax.nn.one_hot(chosen, EXPERTS)  # [row, token, choice, expert]
+        share = best / best.sum(-1, keepdims=True)
+        if capacity is not None:
+            flat = one_hot.reshape(len(x), -1, EXPERTS)
+            one_hot = ((jnp.cumsum(flat, 1) - flat < capacity) * flat).reshape(one_hot.shape)
+        words = jax.random.bits(next_key(key, "experts"), (*chosen.shape, 2), jnp.uint32)
+        keys = jax.random.wrap_key_data(words)
+        rows = jnp.broadcast_to(x[:, :, None], (*chosen.shape, WIDTH))
+        y = 0
+        for e in range(EXPERTS):
+            up, down = ((w[n][e], jax.tree.map(lambda v: v[e], ab[n])) for n in ("up", "down"))  # noqa: B023
+            h = jnp.tanh(adapt(rows, drop_rows(rows, keys, "layers/up"), *up))
+            out = adapt(h, drop_rows(h, keys, "layers/down"), *down)
+            y += jnp.einsum("btk,btko->bto", one_hot[..., e] * share, out)
+        x = x + y
+    key = next_key(jax.random.fold_in(jax.random.fold_in(stack, LAYERS + 1), FUNCTION), "head")
+    return jnp.mean((adapt(x, drop(x, key), params["head"], lora["head"]) - batch["y"]) ** 2)
+
+
+def by_hand(params, key, capacity, micro_batches, steps=2):
+    """Losses, and the adapters after some steps.
+
+    Micro-batch i of n has rows i, i+n, i+2n, …, and draws from its own key.
+    """
+
+    @jax.jit
+    def run(lora, key):
+        total = 0.0
+        for i in range(micro_batches):
+            rows = jax.tree.map(lambda x: x[i::micro_batches], BATCH)  # noqa: B023
+            own = jax.random.fold_in(key, i) if micro_batches > 1 else key
+            total += loss_by_hand({**params, "lora": lora}, rows, own, capacity)
+        return total / micro_batches
+
+    lora, state, losses = params["lora"], SGD.init(params["lora"]), []
+    for step in range(steps):
+        value, gradient = jax.value_and_grad(run)(lora, jax.random.fold_in(key, step))
+        updates, state = SGD.update(gradient, state, lora)
+        lora = optax.apply_updates(lora, updates)
+        losses.append(float(value))
+    return losses, lora
+
+
+def experts():
+    return S.data() | S.expert()
+
+
+SPLIT = {"data": 2, "expert": 2}
+ALL = {"pipe": 2, "data": 2, "expert": 2}
+EVERY = sk.Accumulate(2, reduce="every")
+# name: (strategy, mesh, options of the step, of the model)
+CELLS = {
+    "one device": (S.data, {"data": 1}, {}, {}),
+    "pipeline": (lambda: pipeline() | S.data(), PIPE, {}, {}),
+    "zero bubble": (lambda: pipeline(schedule="zero_bubble") | S.data(), PIPE, {}, {}),
+    "interleaved": (
+        lambda: pipeline(schedule="interleaved", virtual_stages=2, layers_per_stage=(1, 0, 0, 1)),
+        {"pipe": 2},
+        {"remat": "full"},
+        {},
+    ),
+    "pipeline in turns": (lambda: pipeline() | S.data(), PIPE, {"accumulate": EVERY}, {}),
+    "codes, pipeline of experts": (lambda: pipeline() | experts(), ALL, {}, {"codes": True}),
+    "experts": (experts, SPLIT, {}, {}),
+    "experts, accumulated": (experts, SPLIT, {"accumulate": 2}, {}),
+    "capacity": (experts, SPLIT, {}, {"capacity": CAPACITY}),
+    "capacity, accumulated": (experts, SPLIT, {"accumulate": 2}, {"capacity": CAPACITY}),
+    "shard_map": (lambda: S.fsdp(min_size=0), {"fsdp": 2}, {"mode": "shard_map"}, {}),
+    "shard_map, accumulated": (
+        lambda: S.fsdp(min_size=0),
+        {"fsdp": 2},
+        {"mode": "shard_map", "accumulate": 2},
+        {"capacity": CAPACITY},
+    ),
+}
+
+
+def test_stages_without_a_key_drop_what_one_device_drops():
+    """A layer closes over an array: inside a `shard_map` JAX adds an operation before its product.
+
+    The model gives its layer stack no key, so that of the adapters is given in its place.
+    """
+    axes = {"layers": ("layers", None, None), "head": (None, None)}
+    shapes = {"layers": (LAYERS, WIDTH, WIDTH), "head": (WIDTH, 5)}
+    draw = np.random.default_rng(2).normal
+    values = {name: draw(size=shape).astype("f") / 4 for name, shape in shapes.items()}
+
+    def loss(params, batch, key):
+        ramp = jnp.arange(WIDTH) / WIDTH
+        first = lambda outer, batch, key: batch["x"]  # noqa: E731
+        layer = lambda w, x, batch, key: x + jnp.tanh((x + ramp) @ w)  # noqa: E731
+        last = lambda outer, x, batch: jnp.mean((x @ outer["head"] - batch["y"]) ** 2)  # noqa: E731
+        outer = {"head": params["head"]}
+        return sk.nn.layer_stack(first, layer, last, outer, params["layers"], batch)
+
+    def init(key):
+        return {name: sk.WithAxes(jnp.asarray(x), axes[name]) for name, x in values.items()}
+
+    lora = sk.lora(init, loss, {"layers": (2, "sio"), "head": 2}, dropout=RATE)
+    mesh = sk.MeshSpec(**PIPE).build(devices=jax.devices()[:4])
+    options = {"batch": BATCH, "optimizer": SGD, "strategy": pipeline() | S.data()}
+    step = sk.StepSpec(loss_fn=lora.loss_fn, init=lora.init, **options).compile(mesh)
+    state = step.init(jax.random.key(0))
+    factors = jax.tree.map(lambda x: draw(size=x.shape).astype("f"), state.params["lora"])
+    placed = jax.tree.map(jax.device_put, factors, step.shardings.params["lora"])
+    state = dataclasses.replace(state, params={**state.params, "lora": placed})
+    key = jax.random.fold_in(jax.random.wrap_key_data(jax.random.key_data(state.key)), 0)
+    _, metrics = step(state, BATCH)
+
+    stack = next_key(jax.random.fold_in(key, LORA), "layer_stack")
+    x = jnp.asarray(BATCH["x"])
+    for index, own in enumerate(jax.random.split(stack, LAYERS)):
+        h, ab = x + jnp.arange(WIDTH) / WIDTH, factors["layers"]
+        dropped = drop(h, next_key(jax.random.fold_in(own, FUNCTION), "layers"))
+        x += jnp.tanh(h @ values["layers"][index] + dropped @ ab["a"][index] @ ab["b"][index])
+    own = next_key(jax.random.fold_in(jax.random.fold_in(stack, LAYERS + 1), FUNCTION), "head")
+    y = x @ values["head"] + drop(x, own) @ factors["head"]["a"] @ factors["head"]["b"]
+    want = jnp.mean((y - BATCH["y"]) ** 2)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_equal_those_written_by_hand(cell):
+    check_steps(*CELLS[cell])
+
+
+@pytest.mark.slow
+def test_keys_of_rows_that_travel_unpadded_travel_with_them(monkeypatch):
+    monkeypatch.setattr(_expert, "PLATFORMS", ("cpu",))
+    stand_in = mock.Mock(side_effect=exchanged)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", stand_in)
+    check_steps(experts, SPLIT, {"accumulate": 2}, {})
+    assert stand_in.called
+
+
+def check_steps(strategy, sizes, options, of_model):
+    model, params, floats = make_model(dropout=RATE, **of_model)
+    mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
+    step = sk.StepSpec(
+        loss_fn=model.loss_fn,
+        init=model.init,
+        batch=BATCH,
+        optimizer=SGD,
+        strategy=strategy(),
+        **options,
+    ).compile(mesh)
+    state = step.init(jax.random.key(0))
+    placed = jax.tree.map(jax.device_put, jax.device_get(params), step.shardings.params)
+    state = dataclasses.replace(state, params=placed)
+    key = jax.random.wrap_key_data(jax.random.key_data(state.key))
+    accumulate = options.get("accumulate", 1)
+    micro_batches = accumulate if isinstance(accumulate, int) else accumulate.micro_batches
+    losses, after = by_hand(floats, key, of_model.get("capacity"), micro_batches)
+    seen = []
+    for _ in losses:
+        state, metrics = step(state, BATCH)
+        seen.append(float(metrics["loss"]))
+    assert seen == pytest.approx(losses, rel=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(after))
+    for x, y in zip(*map(jax.tree.leaves, (state.params["lora"], after)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * largest)
+
+
+def test_products_with_other_rows_than_those_of_an_expert_are_refused():
+    """There no row has a key that moves with it."""
+
+    def loss(params, batch, key):
+        def mlp(w, rows, dot):
+            return dot(rows, w) + rows.sum() * jnp.ones((1, 4)) @ w[0]
+
+        choice = jnp.zeros((2, 3, 1), jnp.int32)
+        return jnp.mean(sk.nn.experts(batch, choice, jnp.ones((2, 3, 1)), params["w"], mlp))
+
+    weights = {"w": jnp.ones((1, 4, 4))}
+    lora = sk.lora(lambda key: weights, loss, {"w": (2, "sio")}, dropout=RATE)
+    with pytest.raises(sk.errors.StepError, match=r"w f32\[1,4,4\] .*with other rows than"):
+        lora.loss_fn(lora.init(jax.random.key(0)), jnp.ones((2, 3, 4)), jax.random.key(1))
