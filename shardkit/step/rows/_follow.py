@@ -4,13 +4,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 
 from ..._core.equations import count_scan_operands, user_line
 from ..._core.tracing import equations
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
-from ._equation import Equation, RowCounts, same_operation
+from ._equation import Equation, RowCounts, literal_state, same_operation
 from ._row_loops import without_turns
 from ._rules import (
     BY_ROW,
@@ -46,7 +45,7 @@ def follow_rows(
       One state for each result.
     """
     consts = (
-        [_literal_state(a, b, rows) for a, b in zip(few.consts, many.consts, strict=True)]
+        [literal_state(a, b, rows) for a, b in zip(few.consts, many.consts, strict=True)]
         if len(few.consts) == len(many.consts)
         else None
     )
@@ -76,19 +75,6 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
     return Mixed(Cause("the program", why, fix=BY_ROW))
 
 
-def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
-    if jax.numpy.shape(few) != jax.numpy.shape(many):
-        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
-    is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
-    if few is many:  # closed over: perhaps a table on many devices
-        return Constant() if is_key or jax.numpy.shape(few) or few != 0 else AlwaysZero()
-    if is_key:
-        few, many = jax.random.key_data(few), jax.random.key_data(many)
-    degree = rows.degree(few, many)
-    zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
-    return AlwaysZero() if zero else Constant(degree)
-
-
 def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> list[State]:
     states: dict[Any, State] = {}
     states.update(zip([*few.constvars, *few.invars], inputs, strict=True))
@@ -97,7 +83,7 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
 
     def read(a: Any, b: Any, user: Any = None) -> State:
         if isinstance(a, core.Literal) and isinstance(b, core.Literal):
-            return _literal_state(a.val, b.val, rows)
+            return literal_state(a.val, b.val, rows)
         if isinstance(a, core.Literal) or same[a] is not b:
             where, code = user_line(user) if user else ("", "")
             why = f"takes something else where there are {rows.many} rows"
@@ -164,7 +150,7 @@ def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: RowCounts) 
     (few, few_consts), (many, many_consts) = few, many
     if len(few_consts) != len(many_consts):
         return [_changed(few, many, rows)] * len(few.outvars)
-    consts = [_literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
+    consts = [literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
     return _follow(few, many, [*consts, *states], rows)
 
 

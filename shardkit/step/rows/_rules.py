@@ -287,7 +287,7 @@ _ELEMENTWISE = (
 )
 
 
-_BY_ELEMENTS = frozenset(
+BY_ELEMENTS = frozenset(
     f"{_ELEMENTWISE} {_SAME} add sub add_any complex or mul div square integer_pow select_n".split()
 )
 
@@ -300,7 +300,7 @@ def is_elementwise(eqn: core.JaxprEqn) -> bool:
         return plain and all(is_elementwise(one) for jaxpr in inner for one in jaxpr.eqns)
     if eqn.primitive.name == "broadcast_in_dim":
         return shape_of(eqn.invars[0]) == ()
-    return eqn.primitive.name in _BY_ELEMENTS
+    return eqn.primitive.name in BY_ELEMENTS
 
 
 @rule(_ELEMENTWISE)
