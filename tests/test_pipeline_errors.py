@@ -55,6 +55,26 @@ def test_what_a_pipeline_would_compute_from_parts_is_refused(name):
     assert why in message(DATA | pipeline(micro_batches=2), loss=loss)
 
 
+# 16 rows on two devices of rows: 4 of them in each of 2 micro-batches, or one in each of 8.
+BY_SIZE = {
+    "a factor": (2, lambda e, x, b: (x**2).mean() * (1.0 if len(x) >= 8 else 0.5)),
+    "a factor of one row": (8, lambda e, x, b: (x**2).mean() * (1.0 if len(x) > 1 else 0.5)),
+    "a squeeze": (
+        8,
+        lambda e, x, b: jax.vmap(lambda row: row.sum() ** 2)(jnp.squeeze(x[:, None])).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_a_stage_is_followed_on_the_rows_of_a_micro_batch(name):
+    micro_batches, last = BY_SIZE[name]
+    strategy = DATA | pipeline(micro_batches=micro_batches)
+    text = message(strategy, loss=lambda *args: model.loss(*args, last=last))
+    assert "strategies.pipeline() splits the rows" in text
+    assert "test_pipeline_errors.py:" in text or "of which a pipeline averages" in text
+
+
 def test_an_evaluation_that_mixes_rows_is_refused():
     def pairs(ends, x, batch):
         return jnp.mean(jnp.einsum("ile,jle->ij", x, x))

@@ -126,11 +126,14 @@ def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
 
 
 def _part_rows(bound: BoundSpec, layout: StepLayout, gradients: bool) -> int:
-    """Rows that the loss is computed on at once, of a micro-batch on a device."""
+    """Rows that the loss, or a stage of it, is computed on at once: a micro-batch on a device."""
     spec, sizes = bound.spec, bound.mesh.shape
     by_device = spec.mode == "shard_map" or any(_staged_kinds(bound))
     axes = layout.row_axes if by_device else layout.shard_axes
     micro_batches = spec.accumulate.micro_batches if gradients else 1
+    if spec.mode == "auto":
+        overrides = [override for _, override in spec.strategy.overrides]
+        micro_batches *= math.prod(o.row_parts for o in overrides if sizes.get(o.axis, 1) > 1)
     if not by_device and spec.accumulate.reduce == "every":
         axes = ()
     return layout.rows // (micro_batches * math.prod(sizes[axis] for axis in axes))
