@@ -12,15 +12,14 @@ from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
-from ..._core.tracing import record_fact
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Key, Mean, Params, PyTree, Scalar
+from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._equation import RowCounts
 from ._follow import follow_rows
 from ._one_row import compare_with_one_row
-from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE, STAGED
+from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE
 from ._states import (
     AlwaysZero,
     Cause,
@@ -57,7 +56,6 @@ def check_rows(
     whole: str = WHOLE,
     adds: bool = False,
     own_derivatives: bool = True,
-    staged: bool = False,
 ) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -79,7 +77,6 @@ def check_rows(
       part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
       adds: the step can add up parts of a sum over rows that is divided by no count of them.
-      staged: a pipeline averages over parts what the last part of `sk.nn.layer_stack` returns.
       over_parts: axes over which the loss sums what the parts have.
       own_derivatives: whether the loss has derivative rules of its own. It has them on any rows:
         a program that is another one on other rows is refused.
@@ -99,11 +96,11 @@ def check_rows(
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
     split = count, part, splits
-    with _row_by_row(staged):
+    with _row_by_row():
         followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
-        with _row_by_row(staged):
+        with _row_by_row():
             followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
@@ -326,27 +323,14 @@ def _degree(state: State) -> Degree | str:
     return "none"
 
 
-def _row_by_row(staged: bool) -> Any:
+def _row_by_row() -> Any:
     """Makes dropless experts keep rows apart while a loss is traced to be followed.
 
     They sort the tokens of all rows together, which cannot be followed; each expert having room for
-    all tokens of a row computes the same. Of stages, what the last one returns is marked.
+    all tokens of a row computes the same.
     """
     context = StepContext(_mesh_of({"rows": 2}), (), lambda names: PartitionSpec())
-    marked = {"layer_stack": _MarkedResults("rows")} if staged else {}
-    return use_overrides({"experts": _RoomForAll("rows"), **marked}, context)
-
-
-class _MarkedResults(Override):
-    """Says of each number that a layer stack returns how it must grow with the rows."""
-
-    def __call__(
-        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        def mark(value: Any) -> Any:
-            return record_fact(value, STAGED, 1 if isinstance(value, Mean) else 0)
-
-        return jax.tree.map(mark, plain(*args, **kwargs), is_leaf=lambda x: isinstance(x, Mean))
+    return use_overrides({"experts": _RoomForAll("rows")}, context)
 
 
 class _RoomForAll(Override):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from ..._core.equations import user_line
@@ -43,7 +44,8 @@ def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
         return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
     is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
     if few is many:  # closed over: perhaps a table on many devices
-        return Constant() if is_key or jax.numpy.shape(few) or few != 0 else AlwaysZero()
+        known = not (is_key or jax.numpy.shape(few) or isinstance(few, Tracer))
+        return AlwaysZero() if known and few == 0 else Constant()
     if is_key:
         few, many = jax.random.key_data(few), jax.random.key_data(many)
     degree = rows.degree(few, many)
