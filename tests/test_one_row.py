@@ -12,7 +12,7 @@ from shardkit.step.rows._equation import RowCounts
 from shardkit.step.rows._one_row import compare_with_one_row
 
 from ._quick import some_quick
-from .test_rows import MEANS, W, X, loss_and_gradients, mlp, traced
+from .test_rows import MEANS, SEQUENCE, W, X, loss_and_gradients, mlp, traced
 
 FEW, MANY = 2, 6
 
@@ -21,6 +21,27 @@ def compared(function, *batch):
     """What the program of `function(params, *batch, key)` does with one row alone, or None."""
     one, few, many = (traced(function, batch, rows) for rows in (1, FEW, MANY))
     return compare_with_one_row(one, few, many, RowCounts(FEW, MANY))
+
+
+def systems(p, x):
+    """A positive definite matrix for each row, and its right side."""
+    y = x[:, :4] @ p["w"]
+    return y @ y.swapaxes(1, 2) + jnp.eye(4), y[..., :1]
+
+
+SOLVED = {
+    "solve": lambda a, y: jnp.linalg.solve(a, y),
+    "inverse": lambda a, y: jnp.linalg.inv(a),
+    "determinant": lambda a, y: jnp.linalg.slogdet(a)[1],
+    "cholesky": lambda a, y: jnp.linalg.cholesky(a),
+    "singular values": lambda a, y: jnp.linalg.svd(a, compute_uv=False),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_matrices_of_one_row_are_those_of_several(name):
+    loss = loss_and_gradients(lambda p, x, k: jnp.mean(SOLVED[name](*systems(p, x))))
+    assert compared(loss, SEQUENCE) is None
 
 
 @pytest.mark.parametrize("name", MEANS)

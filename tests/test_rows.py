@@ -673,6 +673,20 @@ def test_a_derivative_rule_that_parts_alone_would_take_is_refused():
         )
 
 
+@pytest.mark.parametrize("order", [None, [(0, 1), (0, 1)]])
+def test_products_whose_order_the_rows_decide_have_one_order_by_the_fix(order):
+    options = {} if order is None else {"optimize": order}
+
+    def loss(p, x, k):
+        return jnp.mean(jnp.einsum("bd,de,ef->bf", x, p["w"], p["w"], **options))
+
+    (state,) = followed(loss, X, rows=RowCounts(2, 16))
+    if order:
+        assert state == RowSum(0)
+    else:
+        assert "jnp.einsum(..., optimize=[(0, 1), (0, 1)])" in state.cause.fix
+
+
 def test_a_ratio_of_sums_is_known_as_one():
     def masked(p, x, m, k):
         return jnp.sum(jnp.sum(mlp(p, x) ** 2, -1) * m) / jnp.sum(m)

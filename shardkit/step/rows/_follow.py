@@ -25,6 +25,8 @@ from ._rules import (
 )
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
+# The order of products is chosen by their sizes.
+_ONE_ORDER = "jnp.einsum(..., optimize=[(0, 1), (0, 1)]), one order of its products for any sizes"
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Beside those with a rule: what JAX derives from the operations inside of them.
 _DERIVED_BY_JAX = frozenset({"scan", "while", "cond", "jit", "pjit", "checkpoint", "remat2"})
@@ -71,7 +73,9 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
     for one, other in itertools.zip_longest(few.eqns, many.eqns):
         if one is None or other is None or not same_operation(one, other):
             why += f", first in {' or '.join(e.primitive.name for e in (one, other) if e)}"
-            return Mixed(Cause("the program", why, *user_line(other or one), fix=BY_ROW))
+            where, code = user_line(other or one)
+            fix = BY_ROW if "einsum(" not in code else _ONE_ORDER
+            return Mixed(Cause("the program", why, where, code, fix=fix))
     return Mixed(Cause("the program", why, fix=BY_ROW))
 
 

@@ -23,6 +23,8 @@ from ._rules import BY_ELEMENTS
 from ._states import Cause, Mixed
 
 _MOVES = frozenset("broadcast_in_dim reshape squeeze expand_dims transpose copy reduce_sum".split())
+_OF_MATRICES = frozenset("lu triangular_solve cholesky qr eigh svd householder_product eig".split())
+_ALONG = ("dimension", "axis")
 _WHY = "does one thing with one row, another with more"
 _FIX = "jnp.squeeze(x, axis=...) with its axis, and no choice by len(batch[...]); or more rows"
 
@@ -172,7 +174,8 @@ def _without_rows(size: Side, rows: RowCounts) -> int:
 
 
 def _numbers(side: Side, rows: RowCounts) -> dict[str, Any]:
-    found = {k: v for k, v in side[0].params.items() if isinstance(v, int | float | str)}
+    params = {k: v for k, v in side[0].params.items() if k not in _ALONG}
+    found = {k: v for k, v in params.items() if isinstance(v, int | float | str)}
     if "length" in found:
         found["length"] = _without_rows(tuple(e.params["length"] for e in side), rows)
     return found
@@ -216,6 +219,11 @@ def _dims(side: Side, rows: RowCounts) -> tuple[Any, ...] | None:
             return ()
     if "axes" in params and name.startswith(("reduce_", "arg")):
         return found(params["axes"], order[0])
+    if along := [params[k] for k in _ALONG if k in params]:
+        return found(along, order[0] if order else out)
+    if name in _OF_MATRICES:
+        ranks = [len(shape_of(v)) for v in equation.invars]
+        return tuple((d.get(n - 2), d.get(n - 1)) for d, n in zip(order, ranks, strict=True))
     if name == "gather" or name.startswith("scatter"):
         return _places(equation, order, out)
     return () if name in BY_ELEMENTS else None
