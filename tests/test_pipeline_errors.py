@@ -22,10 +22,6 @@ def message(strategy, layers=4, rows=16, loss=model.loss, **sizes):
     return str(raised.value)
 
 
-def summed(ends, x, batch):
-    return (x * ends["scale"]).sum()
-
-
 def scaled_gates(params, batch, key):
     """A batch that the loss computes from a parameter."""
     return model.loss(params, {**batch, "gate": batch["gate"] * params["scale"][0]}, key)
@@ -33,17 +29,9 @@ def scaled_gates(params, batch, key):
 
 # What a pipeline computes on parts of the rows, though the loss is a mean of rows.
 OF_PARTS = {
-    "a sum, divided later": (
-        lambda *args: model.loss(*args, last=summed) / 64,
-        "is a sum over rows, of which a pipeline averages the parts",
-    ),
-    "a metric": (
-        lambda *args: model.loss(*args, last=lambda e, x, b: (x.mean(), {"sum": summed(e, x, b)})),
-        "is a sum over rows, of which a pipeline averages the parts",
-    ),
-    "a weight": (
-        lambda *args: model.loss(*args, last=lambda e, x, b: sk.Mean(summed(e, x, b), 64.0)),
-        "is the same for any rows, of which a pipeline adds up the parts",
+    "a maximum": (
+        lambda *args: model.loss(*args, last=lambda e, x, b: x.max()),
+        "reduce_max reduces over rows",
     ),
     "a batch of parameters": (scaled_gates, "is computed from parameters"),
 }
@@ -53,6 +41,26 @@ OF_PARTS = {
 def test_what_a_pipeline_would_compute_from_parts_is_refused(name):
     loss, why = OF_PARTS[name]
     assert why in message(DATA | pipeline(micro_batches=2), loss=loss)
+
+
+# 16 rows on two devices of rows: 4 of them in each of 2 micro-batches, or one in each of 8.
+BY_SIZE = {
+    "a power": (2, lambda e, x, b: (x ** (2 if len(x) >= 8 else 3)).mean()),
+    "a factor of one row": (8, lambda e, x, b: (x**2).mean() * (1.0 if len(x) > 1 else 0.5)),
+    "a squeeze": (
+        8,
+        lambda e, x, b: jax.vmap(lambda row: row.sum() ** 2)(jnp.squeeze(x[:, None])).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_a_stage_is_followed_on_the_rows_of_a_micro_batch(name):
+    micro_batches, last = BY_SIZE[name]
+    strategy = DATA | pipeline(micro_batches=micro_batches)
+    text = message(strategy, loss=lambda *args: model.loss(*args, last=last))
+    assert "strategies.pipeline() splits the rows" in text
+    assert "test_pipeline_errors.py:" in text
 
 
 def test_an_evaluation_that_mixes_rows_is_refused():
@@ -162,8 +170,8 @@ def test_keys_that_cannot_be_split_by_rows():
         return model.loss(params, batch, jax.random.key(0, impl="rbg"))
 
     text = message(DATA | pipeline(micro_batches=2), loss=loss)
-    assert "draws from a key that the loss makes itself" in text
-    assert "and strategies.pipeline() splits the rows" in text
+    assert "key of rbg  only draws of partitionable threefry keys can be split by rows" in text
+    assert 'jax.random.key(seed, impl="threefry2x32")' in text
 
 
 def test_a_model_without_stages_is_an_error():

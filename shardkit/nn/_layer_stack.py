@@ -54,8 +54,8 @@ def layer_stack(
       first: `(outer_params, batch, key) -> x`, a pytree of floating-point arrays `[rows, ...]`
         whose shapes and dtypes every layer keeps.
       layer: `(weights of one layer, x, batch, key) -> x`.
-      last: `(outer_params, x, batch) -> loss`, or `-> (loss, metrics)`; the loss is a `Mean` or a
-        scalar, which is then a mean over rows of equal weight.
+      last: `(outer_params, x, batch) -> loss`, or `-> (loss, metrics)`; each number, and each side
+        of a `Mean`, is a mean of rows or a sum over them.
       outer_params: pytree of the parameters of `first` and `last`.
       layers: pytree of parameters `[layers, ...]`.
       batch: pytree of `[rows, ...]`.

@@ -95,6 +95,11 @@ class Override(abc.ABC):
         """Whether rows leave their device along the axis, so that it cannot bound a shard."""
         return False
 
+    @property
+    def row_parts(self) -> int:
+        """How many micro-batches it makes of the rows of each device, beside those of the step."""
+        return 1
+
     @abc.abstractmethod
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -9,6 +9,9 @@ from jax.sharding import AxisType, Mesh
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
 from ..nn._manual_axis_rules import ShardMapLoss
+from ..nn._overridable import Override
+from ..parallel import Kind
+from ._checked_stages import CheckedStages
 from ._program_cache import ProgramCache
 from ._saved_programs import SavedPrograms
 
@@ -55,6 +58,23 @@ class BoundSpec:
     def follows_rows(self) -> bool:
         """Whether the loss is read for what it does with rows, where the step splits them."""
         return not (self.spec.independent_rows or isinstance(self.spec.loss_fn, ShardMapLoss))
+
+    @property
+    def staged_kinds(self) -> list[Kind]:
+        """The kinds of parallelism that put stages of layers on several devices."""
+        kinds = self.spec.strategy.kinds
+        return [k for k in kinds if "layers" in k.splits and self.mesh.shape.get(k.axis, 1) > 1]
+
+    @property
+    def overrides(self) -> dict[str, Override]:
+        """What the loss is traced with; those that split rows in stages check what they split."""
+        if self.spec.mode == "shard_map":  # the model's own collectives do their work
+            return {}
+        overrides = dict(self.spec.strategy.overrides)
+        for kind in self.staged_kinds if self.follows_rows else ():
+            inner = overrides[kind.override]
+            overrides[kind.override] = CheckedStages(inner.axis, inner, f"strategies.{kind.name}()")
+        return overrides
 
     @property
     def xla_options(self) -> dict[str, Any]:

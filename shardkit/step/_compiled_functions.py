@@ -169,12 +169,9 @@ class CompiledFunctions:
             moving_row_axes=layout.inner_axes,
             gathered=layout.gathered_dims(self._bound.spec.strategy.kinds),
         )
-        # In `shard_map` mode the model's own collectives do the work of overrides.
-        manual = self._bound.spec.mode == "shard_map"
-        overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
         with names.around_loss():
             run = build()
-        with use_overrides(overrides, around) as marks:
+        with use_overrides(self._bound.overrides, around) as marks:
             return self._compile(
                 run,
                 args=(layout.state, layout.batch),

@@ -39,14 +39,16 @@ def check_split_rows(
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
-    splits = next(_row_splits(bound, layout, gradients), None)
-    if not splits:
-        return None
+    splits = next(_row_splits(bound, layout, gradients), "")
+    in_stages = [f"strategies.{kind.name}()" for kind in bound.staged_kinds]
     on_shards = isinstance(bound.spec.loss_fn, ShardMapLoss)
     problems = list(_stage_problems(bound, layout))
-    if (unclear := layout.batch_rows.problem) and not on_shards:
-        problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
+    if (unclear := layout.batch_rows.problem) and (splits or in_stages) and not on_shards:
+        why = f"{unclear.why}; {[splits, *in_stages][-1]} splits rows"
+        problems.append(dataclasses.replace(unclear, why=why))
     raise_all(StepError, "The rows of the batch cannot be split.", problems)
+    if not splits:
+        return None
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
     traced, (_, output) = jax.make_jaxpr(loss, return_shape=True)(*args)
     named = batch_axes(traced.jaxpr)
@@ -66,7 +68,6 @@ def check_split_rows(
         # On whole micro-batches mutable state may be their statistics.
         frozen=frozen if bound.spec.stateful and not on_parts else None,
         adds=True,
-        staged=any(_staged_kinds(bound)),
         own_derivatives=has_own_derivatives(traced.jaxpr),
     )
     return TracedLoss(traced.jaxpr, output, growth)
@@ -128,7 +129,7 @@ def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
 def _part_rows(bound: BoundSpec, layout: StepLayout, gradients: bool) -> int:
     """Rows that the loss is computed on at once, of a micro-batch on a device."""
     spec, sizes = bound.spec, bound.mesh.shape
-    by_device = spec.mode == "shard_map" or any(_staged_kinds(bound))
+    by_device = spec.mode == "shard_map"
     axes = layout.row_axes if by_device else layout.shard_axes
     micro_batches = spec.accumulate.micro_batches if gradients else 1
     if not by_device and spec.accumulate.reduce == "every":
@@ -136,20 +137,13 @@ def _part_rows(bound: BoundSpec, layout: StepLayout, gradients: bool) -> int:
     return layout.rows // (micro_batches * math.prod(sizes[axis] for axis in axes))
 
 
-def _staged_kinds(bound: BoundSpec) -> Iterator[str]:
-    """Names of the kinds that put stages of layers on several devices."""
-    for kind in bound.spec.strategy.kinds:
-        if "layers" in kind.splits and bound.mesh.shape.get(kind.axis, 1) > 1:
-            yield kind.name
-
-
 def _stage_problems(bound: BoundSpec, layout: StepLayout) -> Iterator[Problem]:
     """A pipeline sends micro-batches of dim 0 of all that its layers get of the batch."""
-    for name in _staged_kinds(bound):
+    for kind in bound.staged_kinds:
         for leaf, dim in zip(list_leaves(layout.batch), layout.row_dims, strict=True):
             if leaf.shape and dim != 0:
                 where = "counts no rows" if dim is None else f"has its rows on dim {dim}"
-                why = f"{where}; strategies.{name}() splits dim 0 of every leaf"
+                why = f"{where}; strategies.{kind.name}() splits dim 0 of every leaf"
                 fix = "rows on dim 0, and what counts none in params or closed over by the loss"
                 yield Problem(str(leaf.within("batch")), why, fix)
 
@@ -159,7 +153,6 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
     spec, sizes = bound.spec, bound.mesh.shape
     if spec.mode == "shard_map" and any(sizes[axis] > 1 for axis in layout.row_axes):
         yield 'mode="shard_map"'
-    yield from (f"strategies.{name}()" for name in _staged_kinds(bound))
     if not gradients:
         return
     if spec.accumulate.micro_batches > 1:

@@ -189,6 +189,11 @@ class PipelinedLayers(Override):
     # layers of each virtual stage, or None for even ones
     layers_per_stage: tuple[int, ...] | None = None
 
+    @property
+    def row_parts(self) -> int:
+        """Micro-batches of each device's rows."""
+        return self.micro_batches
+
     def incompatibilities(self, accumulate: Accumulate, reduce_separately: bool) -> list[Problem]:
         """Refuses another accumulation with one reduction, and a separate reduction dtype."""
         problems = []

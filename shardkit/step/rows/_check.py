@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
-from ..._core.tracing import equations, record_fact
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Key, Mean, Params, PyTree, Scalar
+from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._equation import RowCounts
 from ._follow import follow_rows
-from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE, STAGED
+from ._one_row import compare_with_one_row
+from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE
 from ._states import (
     AlwaysZero,
     Cause,
@@ -57,7 +56,6 @@ def check_rows(
     whole: str = WHOLE,
     adds: bool = False,
     own_derivatives: bool = True,
-    staged: bool = False,
 ) -> dict[str, int]:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -79,7 +77,6 @@ def check_rows(
       part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
       adds: the step can add up parts of a sum over rows that is divided by no count of them.
-      staged: a pipeline averages over parts what the last part of `sk.nn.layer_stack` returns.
       over_parts: axes over which the loss sums what the parts have.
       own_derivatives: whether the loss has derivative rules of its own. It has them on any rows:
         a program that is another one on other rows is refused.
@@ -98,14 +95,12 @@ def check_rows(
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
-    if part == 1:
-        raise_all(StepError, _HEADLINE, _squeezed_problems(objective, args, dims, splits))
-    split = count, _compared(count, part), splits
-    with _row_by_row(staged):
+    split = count, part, splits
+    with _row_by_row():
         followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
-        with _row_by_row(staged):
+        with _row_by_row():
             followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
@@ -147,7 +142,7 @@ def _follow(
     run: Callable[..., Any],
     args: LossArgs,
     dims: RowDims,
-    split: tuple[int, RowCounts, str],
+    split: tuple[int, int | None, str],
     over_parts: tuple[str, ...],
 ) -> Any:
     """States of the results of `run`, from two traces.
@@ -156,24 +151,25 @@ def _follow(
       run: from `_with_gradients`.
       args: of the loss; see `check_rows`.
       dims: of the leaves of the batch.
-      split: the rows of the batch, the numbers of rows to trace, and what splits them.
+      split: the rows of the batch and of a part, and what splits them.
       over_parts: see `check_rows`.
     """
     params, model_state, batch, key = args
-    count, sizes, splits = split
-    traces = []
+    count, part, splits = split
+    sizes, least = _compared(count, part), 1 if part == 1 else count
+    traces = {}
     # The declared rows first: what fails on these is no matter of parts, and raised as it is.
-    for rows in sorted(sizes, key=lambda rows: rows != count):
-        parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
+    for rows in sorted({*sizes, least}, key=lambda rows: rows != count):
+        parts = PARTS * (rows // min(sizes.few, least)) ** PARTS_DEGREE
         resized = resize_rows(batch, dims, rows, count)
         sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
         try:
-            traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
+            traces[rows] = trace_in_part(_with_parts(run, over_parts, parts), sized)
         except Exception as error:  # a user's code
             if rows == count:
                 raise
             raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
-    (_, (few, output)), (_, (many, _)) = sorted(traces, key=lambda trace: trace[0])
+    (few, output), (many, _) = (traces[rows] for rows in sizes)
     inputs: list[State] = [
         Constant(SCALE_DEGREE),
         *[Constant()] * len(jax.tree.leaves((params, model_state))),
@@ -181,6 +177,9 @@ def _follow(
         Constant(),
     ]
     states = follow_rows(few, many, inputs, sizes)
+    if part == 1 and not any(isinstance(state, Mixed) for state in states):
+        mixed = compare_with_one_row(traces[1][0], few, many, sizes)
+        states = states if mixed is None else [mixed] * len(states)
     return jax.tree.unflatten(jax.tree.structure(output), states)
 
 
@@ -201,40 +200,6 @@ def _compared(count: int, part: int | None) -> RowCounts:
     few = count if part is None else max(part, 2)
     whole = few < count and count % few == 0
     return RowCounts(few, count) if whole else RowCounts(count, 2 * count)
-
-
-def _squeezed_problems(
-    objective: Objective, args: LossArgs, dims: RowDims, splits: str
-) -> list[Problem]:
-    """`jnp.squeeze` without an axis takes the dim of the rows away where a part has one of them."""
-    params, model_state, batch, key = args
-    (count,) = count_rows(batch, dims)
-
-    def squeezed(rows: int) -> int:
-        sized = params, model_state, resize_rows(batch, dims, rows, count), key
-        program = jax.make_jaxpr(objective)(*sized).jaxpr
-        return sum(len(e.params["dimensions"]) for e in equations(program) if _is_squeeze(e))
-
-    try:
-        dims_of_one_row, dims_of_two_rows = squeezed(1), squeezed(2)
-    except Exception as error:  # a user's code
-        return [_written_for(count, 1, error, splits, dims)]
-    if dims_of_one_row == dims_of_two_rows:
-        return []
-    why = f"squeezes the rows away where there is one, and {splits} makes parts of one row"
-    return [Problem("loss_fn", why, "jnp.squeeze(x, axis=...) with its axis, or more rows")]
-
-
-def _is_squeeze(equation: core.JaxprEqn) -> bool:
-    """Whether it is of `jnp.squeeze`: products squeeze batch dims of 1 too, and bring them back."""
-    if equation.primitive.name != "squeeze":
-        return False
-    traceback = equation.source_info.traceback
-    frames = traceback.frames if traceback else ()
-    return any(
-        frame.function_name == "squeeze" and frame.file_name.endswith("lax_numpy.py")
-        for frame in frames
-    )
 
 
 def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:
@@ -358,27 +323,14 @@ def _degree(state: State) -> Degree | str:
     return "none"
 
 
-def _row_by_row(staged: bool) -> Any:
+def _row_by_row() -> Any:
     """Makes dropless experts keep rows apart while a loss is traced to be followed.
 
     They sort the tokens of all rows together, which cannot be followed; each expert having room for
-    all tokens of a row computes the same. Of stages, what the last one returns is marked.
+    all tokens of a row computes the same.
     """
     context = StepContext(_mesh_of({"rows": 2}), (), lambda names: PartitionSpec())
-    marked = {"layer_stack": _MarkedResults("rows")} if staged else {}
-    return use_overrides({"experts": _RoomForAll("rows"), **marked}, context)
-
-
-class _MarkedResults(Override):
-    """Says of each number that a layer stack returns how it must grow with the rows."""
-
-    def __call__(
-        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        def mark(value: Any) -> Any:
-            return record_fact(value, STAGED, 1 if isinstance(value, Mean) else 0)
-
-        return jax.tree.map(mark, plain(*args, **kwargs), is_leaf=lambda x: isinstance(x, Mean))
+    return use_overrides({"experts": _RoomForAll("rows")}, context)
 
 
 class _RoomForAll(Override):

@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from ..._core.equations import user_line
-from ._states import Cause, Degree, Mixed, PerRow, State
+from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, State
 
 
 class RowCounts(NamedTuple):
@@ -34,6 +36,21 @@ class RowCounts(NamedTuple):
         growth = self.many / self.few
         powers = (d for d in (1, -1, 2, -2) if np.allclose(few * growth**d, many, 1e-6, 0))
         return next(powers, None)
+
+
+def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
+    """What a number or array of the program is, from its values on fewer and on more rows."""
+    if jax.numpy.shape(few) != jax.numpy.shape(many):
+        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
+    is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
+    if few is many:  # closed over: perhaps a table on many devices
+        known = not (is_key or jax.numpy.shape(few) or isinstance(few, Tracer))
+        return AlwaysZero() if known and few == 0 else Constant()
+    if is_key:
+        few, many = jax.random.key_data(few), jax.random.key_data(many)
+    degree = rows.degree(few, many)
+    zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
+    return AlwaysZero() if zero else Constant(degree)
 
 
 @dataclasses.dataclass(frozen=True)

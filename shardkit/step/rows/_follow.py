@@ -4,13 +4,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 
 from ..._core.equations import count_scan_operands, user_line
 from ..._core.tracing import equations
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
-from ._equation import Equation, RowCounts, same_operation
+from ._equation import Equation, RowCounts, literal_state, same_operation
 from ._row_loops import without_turns
 from ._rules import (
     BY_ROW,
@@ -26,6 +25,8 @@ from ._rules import (
 )
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
+# The order of products is chosen by their sizes.
+_ONE_ORDER = "jnp.einsum(..., optimize=[(0, 1), (0, 1)]), one order of its products for any sizes"
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Beside those with a rule: what JAX derives from the operations inside of them.
 _DERIVED_BY_JAX = frozenset({"scan", "while", "cond", "jit", "pjit", "checkpoint", "remat2"})
@@ -46,7 +47,7 @@ def follow_rows(
       One state for each result.
     """
     consts = (
-        [_literal_state(a, b, rows) for a, b in zip(few.consts, many.consts, strict=True)]
+        [literal_state(a, b, rows) for a, b in zip(few.consts, many.consts, strict=True)]
         if len(few.consts) == len(many.consts)
         else None
     )
@@ -72,21 +73,10 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
     for one, other in itertools.zip_longest(few.eqns, many.eqns):
         if one is None or other is None or not same_operation(one, other):
             why += f", first in {' or '.join(e.primitive.name for e in (one, other) if e)}"
-            return Mixed(Cause("the program", why, *user_line(other or one), fix=BY_ROW))
+            where, code = user_line(other or one)
+            fix = BY_ROW if "einsum(" not in code else _ONE_ORDER
+            return Mixed(Cause("the program", why, where, code, fix=fix))
     return Mixed(Cause("the program", why, fix=BY_ROW))
-
-
-def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
-    if jax.numpy.shape(few) != jax.numpy.shape(many):
-        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
-    is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
-    if few is many:  # closed over: perhaps a table on many devices
-        return Constant() if is_key or jax.numpy.shape(few) or few != 0 else AlwaysZero()
-    if is_key:
-        few, many = jax.random.key_data(few), jax.random.key_data(many)
-    degree = rows.degree(few, many)
-    zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
-    return AlwaysZero() if zero else Constant(degree)
 
 
 def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> list[State]:
@@ -97,7 +87,7 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
 
     def read(a: Any, b: Any, user: Any = None) -> State:
         if isinstance(a, core.Literal) and isinstance(b, core.Literal):
-            return _literal_state(a.val, b.val, rows)
+            return literal_state(a.val, b.val, rows)
         if isinstance(a, core.Literal) or same[a] is not b:
             where, code = user_line(user) if user else ("", "")
             why = f"takes something else where there are {rows.many} rows"
@@ -164,7 +154,7 @@ def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: RowCounts) 
     (few, few_consts), (many, many_consts) = few, many
     if len(few_consts) != len(many_consts):
         return [_changed(few, many, rows)] * len(few.outvars)
-    consts = [_literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
+    consts = [literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
     return _follow(few, many, [*consts, *states], rows)
 
 

@@ -3,7 +3,6 @@
 A rule takes an `Equation` and the states of its operands, and returns those of its results.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from ._states import (
     RowSum,
     State,
     add_degrees,
-    describe,
     same_degree,
 )
 
@@ -187,7 +185,7 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 _SAME = (
     "neg real imag copy device_put stop_gradient optimization_barrier reduce_precision "
     "sharding_constraint reshard convert_element_type conj pvary "
-    "name shardkit_constrain shardkit_use_param"
+    "name shardkit_constrain shardkit_record shardkit_use_param"
 )
 
 
@@ -235,28 +233,6 @@ PARTS, PARTS_DEGREE = 2, 2
 SCALE_DEGREE = 64
 
 
-STAGED = "result of a layer stack"
-
-
-@rule("shardkit_record")
-def _record(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    """A pipeline averages numbers over its parts, and adds up both sides of an `sk.Mean`."""
-    (state,), (kind, *values) = states, equation.params["fact"]
-    if kind != STAGED or isinstance(state, AlwaysZero | Mixed):
-        return [state]
-    degree = state.degree if isinstance(state, Constant | RowSum) else None
-    # The gradients that come back are not the numbers.
-    if degree in values or (degree is not None and degree > SCALE_DEGREE // 2):
-        return [state]
-    adds = values == [1]
-    why = f"is {describe(state)}, of which a pipeline {'adds up' if adds else 'averages'} the parts"
-    fix = "two sums over rows in sk.Mean" if adds else "a mean of rows"
-    mixed = equation.mixed(
-        why, fix=f"{fix} from `last`, times len(batch[...]) afterwards if need be"
-    )
-    return [Mixed(dataclasses.replace(mixed.cause, operation="what sk.nn.layer_stack returns"))]
-
-
 @rule("psum")
 def _sum_over_parts(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """A sum over rows becomes one over all rows of the batch, which no split changes."""
@@ -287,7 +263,7 @@ _ELEMENTWISE = (
 )
 
 
-_BY_ELEMENTS = frozenset(
+BY_ELEMENTS = frozenset(
     f"{_ELEMENTWISE} {_SAME} add sub add_any complex or mul div square integer_pow select_n".split()
 )
 
@@ -300,7 +276,7 @@ def is_elementwise(eqn: core.JaxprEqn) -> bool:
         return plain and all(is_elementwise(one) for jaxpr in inner for one in jaxpr.eqns)
     if eqn.primitive.name == "broadcast_in_dim":
         return shape_of(eqn.invars[0]) == ()
-    return eqn.primitive.name in _BY_ELEMENTS
+    return eqn.primitive.name in BY_ELEMENTS
 
 
 @rule(_ELEMENTWISE)
