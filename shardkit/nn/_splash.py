@@ -31,13 +31,9 @@ def splash_attention(
 ) -> jax.Array:
     """Returns what `sk.nn.attention` does, computed by TPU kernels.
 
-    Args:
-      q_BTNH: [batch, length, heads, head_dim]; `length` is a multiple of 128.
-      k_BTKH: [batch, length, kv_heads, head_dim].
-      v_BTKH: [batch, length, kv_heads, head_dim].
-      segment_ids: i32[batch, length] or None.
-      causal: whether a query sees only keys at its own position and before.
-      interpret: run the kernels step by step on any backend, for tests.
+    q is [batch, length, heads, head_dim], k and v [batch, length, kv_heads, head_dim], with a
+    length that is a multiple of 128; `segment_ids` is i32[batch, length] or None. With `interpret`
+    the kernels run step by step on any backend, for tests.
     """
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:

@@ -31,14 +31,8 @@ def choose_leaves(
 ) -> list[AdaptedLeaf]:
     """Lists the leaves that the rules adapt, with dims "" where no rule says them.
 
-    Args:
-      ranks: `{glob: rank, (rank, dims) or None}`; the first match wins.
-      leaves: the parameters, with the logical axes that the model names.
-      scale: of A B by rank.
-
-    Raises:
-      StepError: with every glob that matches nothing or never first, and every leaf that cannot be
-        adapted.
+    Of `{glob: rank, (rank, dims) or None}` the first match wins. Raises StepError with every glob
+    that matches nothing or never first, and every leaf that cannot be adapted.
     """
     problems, adapted = [], []
     chosen = choose_by_globs(
@@ -66,19 +60,11 @@ def choose_by_globs(
     example: str,
     headline: str,
 ) -> list[tuple[Leaf, Any]]:
-    """Lists the leaves that globs choose, with their values; those of value None are left out.
+    """Lists the leaves that `{glob: value}` chooses, with their values; those of None are left out.
 
-    Args:
-      argument: the name by which the user gave `values`, for errors.
-      values: `{glob: value}`; the first match wins.
-      leaves: the parameters.
-      explain: why a value is none; "" if it is one.
-      example: a declaration that is right.
-      headline: of the error.
-
-    Raises:
-      StepError: with every glob that matches nothing or never first, every value that is wrong, or
-        that no leaf is chosen.
+    The first match wins. `explain` says why a value is none; "" if it is one. Errors have the
+    user's `argument`, an `example` that is right, and a headline. Raises StepError with every glob
+    that matches nothing or never first, every value that is wrong, or that no leaf is chosen.
     """
     if not isinstance(values, Mapping):
         problem = Problem(argument, f"is of type {type(values).__name__}", example)
@@ -114,8 +100,7 @@ def loss_problems(loss_fn: Any) -> list[Problem]:
 def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
     """Completes dims: stacked ones by their logical axes, then [input, output].
 
-    Raises:
-      StepError: a leaf has other than two dims that are not stacked.
+    Raises StepError for a leaf with other than two dims that are not stacked.
     """
     problems, complete = [], []
     for one in adapted:
@@ -140,16 +125,9 @@ def infer_from_products(
     params: Params,
     rest: tuple[Any, ...],
 ) -> list[AdaptedLeaf]:
-    """Completes dims by what the products of the loss contract.
+    """Completes dims by what the products of the loss, on abstract arguments, contract.
 
-    Args:
-      adapted: the leaves.
-      loss: `(params, batch, key, ...) -> loss`.
-      params: abstract.
-      rest: the other arguments of the loss, abstract.
-
-    Raises:
-      StepError: a weight meets no product, or products that contract different dims.
+    Raises StepError for a weight that meets no product, or products that contract different dims.
     """
     products, unknown = Products(), {one.leaf.path: one for one in adapted if not one.dims}
 

@@ -61,11 +61,7 @@ class AdaptedLeaf:
         return names and tuple(None if dim is None else names[dim] for dim in dims)
 
     def follows(self, tree: str) -> list[Follows]:
-        """The factors, each split like the dims of the weight that it has.
-
-        Args:
-          tree: path of the model's own parameters within all of them, or "".
-        """
+        """The factors below `tree`, each split like the dims of the weight that it has."""
         of, own = join_path(tree, self.leaf.path), join_path(ADAPTERS, self.leaf.path)
         return [Follows(join_path(own, name), of, dims) for name, dims in self.factors.items()]
 

@@ -9,21 +9,14 @@ from ._tracked import Tracked
 
 
 def multiply(weight: Tracked, x: jax.Array, side: int, params: Mapping[str, Any]) -> jax.Array:
-    """Returns scale · (x A) B for one `dot_general` of x and a weight W.
+    """Returns scale · (x A) B, in the shape of one `dot_general` of x and a weight W.
 
     W has dims that are contracted, batch dims, and others. Of these, stacked ones (`loose`) are
     batch dims of the second product, since A and B both have them:
 
         x [t, e] · W [X, e, f] → [t, X, f]    x A [t, X, r],    (x A) B over X → [X, t, f]
 
-    Args:
-      weight: W.
-      x: the other operand, floating-point.
-      side: which operand W is, 0 or 1.
-      params: of the `dot_general`.
-
-    Returns:
-      An array in the shape of the product of x and W.
+    W is operand `side` (0 or 1) of the product, x is floating-point.
     """
     contracted, batch = params["dimension_numbers"]
     w_in, w_batch = contracted[side], batch[side]

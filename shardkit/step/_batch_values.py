@@ -20,11 +20,7 @@ _ORDER = "step(state, batch), with state = step.init(jax.random.key(0))"
 
 
 def check_order(state: Any, batch: Any) -> None:
-    """Checks that a step is called with a state and then a batch.
-
-    Raises:
-      StateError: the arguments are swapped, or the state is something else.
-    """
+    """Raises StateError if a step is not called with a state and then a batch."""
     is_swapped = isinstance(batch, TrainState)
     if isinstance(state, TrainState) and not is_swapped:
         return

@@ -33,25 +33,17 @@ LeafTypes = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
 class BatchVariants:
-    """The declared batch variant and the `KEPT` others that were used last.
-
-    Attributes:
-      declared: the variant of `spec.batch`.
-      changes: how each other compiled variant differs from it, as text.
-    """
+    """The declared batch variant and the `KEPT` others that were used last."""
 
     def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared variant."""
         self.declared = CompiledFunctions(bound)
         self._bound = bound
         self._others: dict[LeafTypes, CompiledFunctions] = {}  # least recently used first
-        self.changes: list[str] = []
+        self.changes: list[str] = []  # how each other compiled variant differs, as text
 
     def find(self, batch: Batch) -> CompiledFunctions:
-        """Returns the variant of a batch, compiled on first use.
-
-        For an invalid batch that is the declared one, whose checks raise the error.
-        """
+        """Returns a batch's variant, compiled on first use; the declared one if it is invalid."""
         leaves, structure = flatten_tree(batch, "batch")
         declared, declared_structure = jax.tree.flatten(self.declared.layout.batch)
         if structure != declared_structure or all(map(_has_type, leaves, declared)):

@@ -87,23 +87,14 @@ def compile_program(
     saved: SavedPrograms | ProgramCache | None = None,
     on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledProgram:
-    """Traces, checks, lowers and compiles a function for abstract arguments.
+    """Traces, checks, lowers and compiles a new function, since JAX caches traces by identity.
 
-    Args:
-      run: a new function, since JAX caches traces by identity.
-      args: pytrees of `jax.ShapeDtypeStruct`.
-      in_shardings: `NamedSharding`s of the arguments.
-      out_shardings: `NamedSharding`s of the results.
-      surroundings: enters the mesh and the rules that the function is traced and lowered under.
-      check: called with the jaxpr before it is lowered; raises the problems that it finds.
-      donate: positions of the arguments whose buffers the results may reuse.
-      options: XLA options by name.
-      saved: where the executable may be found instead of compiled.
-      on_miscompiled: `"error"` refuses a program that the partitioner got wrong.
-
-    Raises:
-      StepError: the compiler rejects an option or runs out of memory, or the program would
-        deadlock or compute wrong numbers.
+    Arguments are abstract; those at `donate` lend their buffers to the results. `surroundings`
+    enters the mesh and the rules that the function is traced and lowered under; `check` gets the
+    jaxpr before it is lowered, and raises the problems that it finds. The executable may be found
+    in `saved` instead of compiled. Raises StepError if the compiler rejects an option or runs out
+    of memory, or the program would deadlock or (unless `on_miscompiled="report"`) compute wrong
+    numbers.
     """
 
     def trace(function: Callable[..., Any]) -> jax.stages.Traced:
@@ -205,11 +196,7 @@ def _digest(lowered: jax.stages.Lowered) -> str:
 
 @contextlib.contextmanager
 def _explain_unknown_options(options: Mapping[str, Any]) -> Iterator[None]:
-    """Turns the compiler's error about an unknown option into one of `compiler_options`.
-
-    Raises:
-      StepError: naming the option.
-    """
+    """Turns the compiler's error about an unknown option into a StepError of `compiler_options`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -227,9 +214,6 @@ def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> It
     """Adds the bytes of the arguments to a compiler's error that the program is too large.
 
     Some compilers reject a program that is larger than the device; then there is no report.
-
-    Raises:
-      StepError: with the compiler's figures beside the bytes of the arguments.
     """
     try:
         yield

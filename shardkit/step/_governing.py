@@ -31,11 +31,7 @@ def find_governing_constraints(
     """Returns each constraint of a traced step with the lines before it that it governs.
 
     Those are the element-wise operations that its array comes from, and the operation before these.
-
-    Args:
-      jaxpr: the step.
-      activations: what its logical names mean.
-      placed: its arguments, in their order.
+    `placed` are the step's arguments, in their order.
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
@@ -106,8 +102,7 @@ def _constrained(
 ) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
     """What a constraint, or a `shard_map` of the user's, says of arrays.
 
-    Yields:
-      The array before, the array that is laid out so, and the entry of its spec for each dim.
+    Yields the array before, the array that is laid out so, and the entry of its spec for each dim.
     """
     layouts: list[tuple[Any, Any, Any]] = []
     if eqn.primitive is constrain_p and eqn.params["finer"] is None:

@@ -47,33 +47,22 @@ OF_MEAN = 1  # the weight of gradients of a mean
 
 
 class TracedLoss(NamedTuple):
-    """A loss of the whole batch, traced.
-
-    Attributes:
-      jaxpr: its program.
-      output: its abstract output.
-      growth: `{"loss" or metric: power of the rows with which it grows}`, where that is not 0.
-    """
+    """A loss of the whole batch, traced."""
 
     jaxpr: core.Jaxpr
     output: LossOutput
+    # `{"loss" or metric: power of the rows with which it grows}`, where that is not 0
     growth: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientPlan:
-    """How the gradients of a step are split and reduced.
+    """How the gradients of a step are split and reduced."""
 
-    Attributes:
-      bound: the spec and its mesh.
-      layout: shardings of state, batch and gradients.
-      traced: the loss; None if the step splits no rows.
-      draws: which random draws of the loss grow with its rows.
-    """
-
-    bound: BoundSpec
-    layout: StepLayout
-    traced: TracedLoss | None = None
+    bound: BoundSpec  # the spec and its mesh
+    layout: StepLayout  # shardings of state, batch and gradients
+    traced: TracedLoss | None = None  # the loss; None if the step splits no rows
+    # which random draws of the loss grow with its rows
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -120,15 +109,9 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
 
 
 def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> GradientPlan:
-    """Completes a plan by which random draws of the loss grow with its rows.
+    """Completes a plan by which random draws of the loss, of abstract `args`, grow with its rows.
 
-    Args:
-      objective: the loss.
-      plan: without draws.
-      args: abstract arguments of the loss.
-
-    Raises:
-      StepError: the randomness of the loss cannot be split by gradient shard.
+    Raises StepError if the randomness of the loss cannot be split by gradient shard.
     """
     if plan.traced is not None and not list_draws(plan.traced.jaxpr):
         return dataclasses.replace(plan, draws=RandomDraws(plan.num_shards))
@@ -148,8 +131,7 @@ def keep_convolutions(
 ) -> Callable[..., PyTree]:
     """Keeps convolutions of a function of global arrays from what XLA's partitioner gets wrong.
 
-    Raises (while it is traced):
-      StepError: one is where it cannot be kept from the partitioner.
+    Its trace raises StepError for one that is where it cannot be kept from the partitioner.
     """
     return rewrite(run, on_their_devices(bound.mesh, layout.row_axes))
 
@@ -180,12 +162,9 @@ def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
 
 
 def reduce_shards(grads: PyTree, params: Params, dtype: str | None) -> Params:
-    """Sums `[num_shards, *param]` over dim 0: the one gradient reduction of a step.
+    """Sums gradients `[num_shards, *param]` of the mean loss over dim 0: a step's one reduction.
 
-    Args:
-      grads: of the mean loss.
-      params: as they are computed.
-      dtype: of the policy; None sums in the dtype of each of `params`.
+    In `dtype`, that of the policy; if None, in that of each of `params`, as they are computed.
     """
 
     def reduce(x: jax.Array, p: jax.Array) -> jax.Array:

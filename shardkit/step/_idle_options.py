@@ -18,12 +18,7 @@ _NARROW = ("bfloat16", "float16")
 
 
 def find_idle_options(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[tuple[str, str]]:
-    """Yields what an option does not do, and what to change.
-
-    Args:
-      bound: the spec and its mesh.
-      jaxpr: the traced step.
-    """
+    """Yields what an option does not do in the traced step, and what to change."""
     remat, precision = bound.spec.strategy.remat, bound.spec.precision.compute_dtype
     whole = bool(recorded_facts(jaxpr, WHOLE))
     own = _own_checkpoint(jaxpr) if whole else None

@@ -139,9 +139,8 @@ class StepLayout:
 def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Key], TrainState]:
     """Builds `key → TrainState` with `opt_state=None`.
 
-    Args:
-      spec: the step.
-      residual_copies: devices that keep residuals of gradient compression; 0 for none.
+    `residual_copies` is the number of devices that keep residuals of gradient compression, 0 for
+    none.
     """
 
     def run(key: Key) -> TrainState:

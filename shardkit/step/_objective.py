@@ -27,17 +27,11 @@ _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
-    """One evaluation of a loss on some rows of a batch.
+    """One evaluation of a loss on some rows of a batch."""
 
-    Attributes:
-      loss: `Mean`, f32[] or f64[] each; a plain scalar loss has weight 1.
-      metrics: `{name: Mean}`.
-      model_state: mutable model state after the evaluation.
-    """
-
-    loss: Mean
-    metrics: dict[str, Mean]
-    model_state: PyTree
+    loss: Mean  # `Mean`, f32[] or f64[] each; a plain scalar loss has weight 1
+    metrics: dict[str, Mean]  # `{name: Mean}`
+    model_state: PyTree  # mutable model state after the evaluation
 
 
 # `(params, model_state, batch, key) -> (total, output)`.

@@ -53,29 +53,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """Builds the functions of one spec on one mesh, anew per call, since JAX caches by identity.
+    """Builds the functions of one spec on one mesh, anew per call, since JAX caches by identity."""
 
-    Attributes:
-      bound: the spec and its mesh.
-      layout: abstract state and batch, and their shardings.
-    """
-
-    bound: BoundSpec
-    layout: StepLayout
+    bound: BoundSpec  # the spec and its mesh
+    layout: StepLayout  # abstract state and batch, and their shardings
 
     def check_key_reuse(
         self,
         around_init: Callable[[], contextlib.AbstractContextManager[None]],
         around_loss: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """Traces `init` and the loss under JAX's key-reuse checker.
+        """Raises StepError for functions that use a key twice, which draws equal numbers.
 
-        Args:
-          around_init: enters the mesh that `init` is traced under.
-          around_loss: enters the mesh and the rules that the loss is traced under.
-
-        Raises:
-          StepError: naming each function that uses a key twice, which draws equal numbers.
+        JAX's checker traces `init` and the loss under the mesh and the rules that `around_init` and
+        `around_loss` enter.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         functions = (
@@ -102,9 +93,8 @@ class StepFunctions:
     def train(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Builds `(state, batch) → (state, metrics)`.
 
-        Raises (while it is traced):
-          StepError: a leaf of the state changes its shape or dtype, so that the next call would
-            compile again.
+        Its trace raises StepError if a leaf of the state changes its shape or dtype, so that the
+        next call would compile again.
         """
         spec, shardings = self.bound.spec, self.layout.update
         update = build_train_step(
@@ -136,11 +126,7 @@ class StepFunctions:
         return build_gradient_step(self._gradient_fn)
 
     def check_partial_rows(self) -> None:
-        """Checks that `evaluate` can be computed on fewer rows than declared; see there.
-
-        Raises:
-          StepError: it cannot.
-        """
+        """Raises StepError if `evaluate` cannot be computed on fewer rows; see there."""
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh, evaluate=True)
         proved = self.bound.spec.independent_rows
         check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
@@ -163,8 +149,7 @@ class StepFunctions:
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
         """Builds `(state, batch) → (total, weight)` of the training loss.
 
-        Args:
-          policy: dtype in which the loss sees the parameters; None: as they are stored.
+        It sees the parameters in the dtype `policy`; None: as they are stored.
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         loss = add_up_parts(loss, self._traced, self.layout)
@@ -186,9 +171,8 @@ class StepFunctions:
     def _gradient_fn(self) -> GradientFn:
         """The gradients of the loss.
 
-        Raises:
-          StepError: the loss does not return what a step can use, or draws randomness that
-            cannot be split by gradient shard.
+        Raises StepError if it does not return what a step can use, or draws randomness that cannot
+        be split by gradient shard.
         """
         loss = add_up_parts(self._training_objective, self._traced, self.layout)
         plan = GradientPlan(self.bound, self.layout, self._traced)
@@ -228,8 +212,7 @@ class StepFunctions:
 def find_mixed_rows(spec: "StepSpec", mesh: Mesh, layout: StepLayout) -> str:
     """What mixes rows of a loss where its step splits them, whatever `independent_rows` says.
 
-    Returns:
-      The operation and its line; "" if nothing does, or if it cannot be read.
+    Returns the operation and its line; "" if nothing does, or if it cannot be read.
     """
     bound = BoundSpec(spec.replace(independent_rows=False), mesh)
     args = StepFunctions(bound, layout)._loss_args

@@ -30,11 +30,8 @@ _IN_SPECS = re.compile(r"((?:in|out)_specs) refers to '(\w+)'")
 def bind_batch_axes(call: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """Returns a loss of the whole batch in which every axis that it names has size 1.
 
-    The names are in its program, see `batch_axes`. On shards nothing is bound here.
-
-    Args:
-      call: the loss.
-      mesh: the device mesh; a name that resembles one of its axes stays unbound.
+    The names are in its program, see `batch_axes`; one that resembles an axis of the mesh stays
+    unbound. On shards nothing is bound here.
     """
     bound: list[str] = []
 
@@ -91,8 +88,7 @@ def _is_elsewhere(error: Exception, name: str, mesh: Mesh | None) -> bool:
 def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
     """Turns JAX's errors about an unknown mesh axis, while a loss is traced, into a `StepError`.
 
-    Raises:
-      StepError: a collective, or a spec of a `shard_map`, names an axis that is not in the mesh.
+    The axis is that of a collective, or in a spec of a `shard_map`.
     """
     try:
         yield

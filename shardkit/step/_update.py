@@ -33,18 +33,12 @@ def build_train_step(
     arg_shardings: PyTree | None,
     owners: bool | None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds `(state, batch) → (state, metrics)`.
+    """Builds `(state, batch) → (state, metrics)` from the differentiated loss and any optax chain.
 
-    Args:
-      gradients: the differentiated loss.
-      optimizer: any optax chain.
-      partition: which parameters are trained.
-      shardings: pytree of `NamedSharding` of the update, if it is split further than the
-        parameters. The parameters are gathered afterwards, by the layout of the results.
-      on_nonfinite: what to do with an update that is not finite.
-      arg_shardings: pytree of `NamedSharding` of gradients, optimizer state, parameters and
-        loss; None if matrices that the optimizer multiplies are not moved to owners.
-      owners: as declared; None where they are not asked for.
+    `shardings` are those of the update, if it is split further than the parameters; these are
+    gathered afterwards, by the layout of the results. `arg_shardings` are those of gradients,
+    optimizer state, parameters and loss; None if matrices that the optimizer multiplies are not
+    moved to owners.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -85,11 +79,7 @@ def build_train_step(
 
 
 def _check_updates(updates: PyTree, params: Params) -> None:
-    """Compares the updates of an optimizer with the parameters.
-
-    Raises:
-      StepError: with every leaf that one of them lacks, or has in another shape.
-    """
+    """Raises StepError with leaves that updates lack, add, or have in another shape than params."""
     got, want = _leaf_types(updates, "params"), _leaf_types(params, "params")
     shapes = {path: short.partition("[")[2] for path, short in got.items()}
     problems = [
@@ -151,11 +141,7 @@ def _loss_metrics(output: LossOutput) -> Metrics:
 
 
 def check_state_types(before: TrainState, after: TrainState) -> None:
-    """Compares the shapes and dtypes of a state before and after a step.
-
-    Raises:
-      StepError: with every leaf that changed.
-    """
+    """Raises StepError with every leaf of a state whose shape or dtype a step changed."""
     old, new = _leaf_types(before, "state"), _leaf_types(after, "state")
     problems = [
         Problem(path, f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after")

@@ -103,8 +103,7 @@ def to_variables(initial: PyTree) -> Variables:
 def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of the parameters that name them, one entry per dim, by path.
 
-    Raises:
-      ShardingError: with every leaf that names more axes than it has dims.
+    Raises ShardingError with every leaf that names more axes than it has dims.
     """
     named = [
         (path_str(path), leaf)
@@ -128,11 +127,7 @@ def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
 
 
 def check_initial(initial: PyTree) -> None:
-    """Checks that `init` returned arrays, and at least one parameter.
-
-    Raises:
-      StepError: with every leaf that is not an array of numbers.
-    """
+    """Raises StepError if `init` returned no parameter, or leaves that are no arrays of numbers."""
     variables = to_variables(initial)
     problems = [
         problem

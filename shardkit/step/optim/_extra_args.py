@@ -38,8 +38,7 @@ _REFUSED = "nexpected keyword argument"
 def call_init(optimizer: optax.GradientTransformation, params: Params) -> PyTree:
     """Returns the state that an optimizer starts with, in buffers of its own.
 
-    Raises:
-      StepError: the optimizer fails on these parameters, or has something else than arrays in it.
+    Raises StepError if it fails on these parameters, or has something else than arrays in it.
     """
     try:
         opt_state = optimizer.init(params)
@@ -70,18 +69,11 @@ def call_update(
     *,
     value_and_grad: ValueAndGrad,
 ) -> tuple[Params, PyTree]:
-    """Returns the updates and the new state of an optimizer.
+    """Returns the updates and the new state of any optax chain, from gradients of the mean loss.
 
-    Args:
-      optimizer: any optax chain.
-      grads: gradients of the mean loss.
-      opt_state: its state.
-      params: at which the gradients were computed.
-      value: f32[], the mean loss.
-      value_and_grad: loss and gradient of other parameters, on the same rows.
-
-    Raises:
-      StepError: the optimizer asks for something else, or cannot take gradients of a mean.
+    The loss is `value`, f32[]; `value_and_grad` gives loss and gradient of other parameters, on the
+    same rows. Raises StepError if the optimizer asks for something else, or cannot take gradients
+    of a mean.
     """
     offered = _offer(grads, value, value_and_grad)
     given = {name: x for name, x in offered.items() if _accepts(optimizer.update, name)}

@@ -35,17 +35,13 @@ def update_by_owners(
 ) -> tuple[Params, PyTree] | None:
     """Computes an update whose matrices are divided over the devices that split them.
 
-    Args:
-      optimizer: any optax chain.
-      args: gradients, optimizer state, parameters and loss, while a step is traced.
-      shardings: pytree of `NamedSharding` of `args`.
-      declared: the user says that the optimizer does with one matrix what it does with several.
-        Else only products that optax makes are divided: Python of others may ask how many there
-        are, or how large, and the program of one matrix would be another one.
+    `args` are gradients, optimizer state, parameters and loss, while a step is traced. If
+    `declared`, the user says that the optimizer does with one matrix what it does with several;
+    else only products that optax makes are divided: Python of others may ask how many there are, or
+    how large, and the program of one matrix would be another one.
 
-    Returns:
-      The updates and the new state; None if no parameter is split, or the optimizer computes the
-      loss. Matrices that cannot be told apart stay, and the partitioner divides each product.
+    Returns the updates and the new state; None if no parameter is split, or the optimizer computes
+    the loss. Matrices that cannot be told apart stay, and the partitioner divides each product.
     """
     leaves: list[NamedSharding] = jax.tree.leaves(shardings)
     specs, mesh = [sharding.spec for sharding in leaves], leaves[0].mesh

@@ -26,34 +26,22 @@ End = Callable[[Any, Sequence[Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What the turns of a loop do with one of its carries.
+    """What the turns of a loop do with one of its carries."""
 
-    Attributes:
-      variables: of the body, whose values in every turn the end is made of.
-      end: makes it.
-      counts: what each turn adds to a counter; 0 of other carries.
-      places: of `variables`, those of which one must be the number of the turn, so that no turn
-        meets what another one wrote.
-    """
-
-    variables: tuple[Any, ...]
-    end: End
-    counts: int = 0
+    variables: tuple[Any, ...]  # of the body, whose values in every turn the end is made of
+    end: End  # makes it
+    counts: int = 0  # what each turn adds to a counter; 0 of other carries
+    # of `variables`, those of which one must be the turn's number: no turn meets what another wrote
     places: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLoop:
-    """A loop without its turns.
+    """A loop without its turns."""
 
-    Attributes:
-      program: of the loop's operands, gives its results and then the places of each carry that
-        turns write to.
-      places: how many places there are of each such carry.
-    """
-
+    # of the loop's operands, gives its results and then the places of each carry that is written
     program: core.ClosedJaxpr
-    places: tuple[int, ...]
+    places: tuple[int, ...]  # how many places there are of each such carry
 
     def turns_apart(self, places: Sequence[State]) -> bool:
         """Whether each turn has places of its own; `places` are states of the last results."""
@@ -77,9 +65,6 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
 
     The gradient of the first adds what each row gives for a weight, that of a look-up adds to the
     place that was read.
-
-    Args:
-      scan: an equation of `jax.lax.scan`.
     """
     closed = inline_calls(scan.params["jaxpr"])
     body, (consts, carried) = closed.jaxpr, count_scan_operands(scan)

@@ -30,14 +30,7 @@ _ORDERED = {"cumsum", "cumlogsumexp", "cumprod", "cummax", "cummin", "sort", "to
 def run_self_check(
     bound: "BoundSpec", programs: "CompiledFunctions", state: TrainState, batch: Batch
 ) -> SelfCheck:
-    """Makes every check; the state stays.
-
-    Args:
-      bound: the spec and its mesh.
-      programs: of the form of the batch.
-      state: as the next update would get it.
-      batch: on the mesh.
-    """
+    """Makes every check of a batch on the mesh; the state, as the next update gets it, stays."""
     began = time.perf_counter()
     with no_ambient_mesh():
         run = _Run(bound, programs, state, batch)

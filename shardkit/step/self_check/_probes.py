@@ -41,11 +41,7 @@ class EvaluatesLossError(Exception):
 
 
 class Probes:
-    """Small programs of one step, each compiled when it is first used.
-
-    Attributes:
-      paths: path and type of each trained parameter, in JAX's order: L of them.
-    """
+    """Small programs of one step, each compiled when it is first used."""
 
     def __init__(
         self,
@@ -59,6 +55,7 @@ class Probes:
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._partition = layout.partition
+        # Path and type of each trained parameter, in JAX's order: L of them.
         self.paths = tuple(leaves_by_path(layout.partition.trained(layout.state.params), "params"))
 
     def _jit(self, run: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:

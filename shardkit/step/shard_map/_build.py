@@ -56,16 +56,9 @@ def plan_shards(
 ) -> tuple[ShardMapPlan, Objective]:
     """Plans how a loss runs on shards, and gives the types to its loops that JAX wants there.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: every sharding.
-      objective: the loss.
-      args: abstract arguments of the loss, with the rows of the global batch.
-      accumulate: micro-batches.
-
-    Raises:
-      ShardingError: a constraint of the model cannot be met.
-      StepError: `shard_map` mode does not support the spec or the model.
+    Arguments are abstract, with the rows of the global batch. Raises ShardingError for a constraint
+    of the model that cannot be met, StepError for a spec or model that `shard_map` mode does not
+    support.
     """
     check_supported(bound, layout)
     whole = jax.make_jaxpr(objective)(*args)
@@ -95,15 +88,8 @@ def _match_draws(
         `[4, 3]`   on shards, every device having all rows: dim 0 grows with the rows
         `[2, 6]`   on whole arrays, with one device's rows: dim 1 grows with the length
 
-    Args:
-      objective: the loss, on whole arrays.
-      local: the same on shards.
-      plan: without draws.
-      args: abstract arguments, with the rows of the global batch.
-      whole: the loss traced on whole arrays; one without draws is not traced again.
-
-    Raises:
-      StepError: the randomness of the loss cannot be split.
+    `whole` is the loss traced on whole arrays; one without draws is not traced again. Raises
+    StepError if the randomness of the loss cannot be split.
     """
     shards, slices = plan.count(plan.row_axes), plan.count(plan.token_axes)
     draws = RandomDraws(shards, length_shards=slices)

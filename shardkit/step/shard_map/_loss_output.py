@@ -15,17 +15,11 @@ from .._objective import LossOutput
 def reduce_output(
     output: LossOutput, rows: Axes, model_state: PyTree, equal_state: Sequence[bool]
 ) -> LossOutput:
-    """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
+    """Sums one device's loss and metrics over those of the rows; values equal on all devices stay.
 
-    Args:
-      output: of one device.
-      rows: mesh axes that split the rows.
-      model_state: that the loss was called with.
-      equal_state: for each leaf of the new state, whether all devices of the rows compute the same.
-
-    Raises:
-      StepError: a result varies over an axis that does not split the rows, and needs a psum there;
-        or new state varies over any.
+    `model_state` is what the loss was called with; `equal_state` says for each leaf of the new one
+    whether all devices of the rows compute the same. Raises StepError if a result varies over an
+    axis that does not split the rows, and needs a psum there; or new state varies over any.
     """
     leaves, structure = jax.tree.flatten(output.model_state)
     new_state = structure.unflatten(

@@ -26,19 +26,12 @@ from ._buckets import ParamPlan
 
 @dataclasses.dataclass(frozen=True)
 class MarkedAxes:
-    """The logical axes that a model passes to `use_param` and `constrain`.
+    """The logical axes that a model passes to `use_param` and `constrain`."""
 
-    Attributes:
-      weights: axes of each weight that it passes to `use_param`.
-      into: axes that it passes as `into=`.
-      activations: every axis of an activation.
-      stated: every axis that it passes as `source=`, `into=` or `partial=`.
-    """
-
-    weights: frozenset[Names]
-    into: frozenset[str]
-    activations: tuple[str, ...]
-    stated: tuple[str, ...]
+    weights: frozenset[Names]  # axes of each weight that it passes to `use_param`
+    into: frozenset[str]  # axes that it passes as `into=`
+    activations: tuple[str, ...]  # every axis of an activation
+    stated: tuple[str, ...]  # every axis that it passes as `source=`, `into=` or `partial=`
 
     @classmethod
     def of(cls, jaxpr: core.Jaxpr) -> "MarkedAxes":
@@ -55,11 +48,7 @@ class MarkedAxes:
 
 
 def check_supported(bound: BoundSpec, layout: StepLayout) -> None:
-    """Checks a spec before tracing.
-
-    Raises:
-      StepError: with every problem.
-    """
+    """Raises StepError with every problem that a spec has before tracing."""
     whole_loss = not isinstance(bound.spec.loss_fn, ShardMapLoss)
     batch_problems = _batch_problems(layout) if whole_loss else ()
     problems = [*_kind_problems(bound), *batch_problems]
@@ -74,13 +63,10 @@ def raise_problems(bound: BoundSpec, problems: list[Problem]) -> None:
 
 @contextlib.contextmanager
 def explain_loop_types() -> Iterator[None]:
-    """Turns JAX's error about a loop that starts from a constant into a `StepError`.
+    """Turns JAX's error about a loop that starts from a constant into a `StepError`, with its line.
 
     On shards `jnp.zeros(...)` is the same on all devices, and what a loop adds to it is not; JAX
     wants both of one type.
-
-    Raises:
-      StepError: with the line of the user's code.
     """
     try:
         yield
@@ -105,16 +91,7 @@ def leaf_problems(
     marked: MarkedAxes,
     row_axes: Axes,
 ) -> Iterator[Problem]:
-    """Problems of one parameter.
-
-    Args:
-      leaf: the parameter.
-      stored: mesh axes per dim that split it.
-      storage: those that split it in storage but not in its products.
-      axis_rules: logical axes → mesh axes in products.
-      marked: the axes that the model marks.
-      row_axes: mesh axes that split the rows.
-    """
+    """Problems of one parameter; products are not split over `storage`, a part of its axes."""
     names, subject = leaf.axes or (None,) * len(stored), str(leaf.within("params"))
     for dim, (name, axes, storage_axes) in enumerate(zip(names, stored, storage, strict=True)):
         used = axis_rules.axes(name)

@@ -29,16 +29,10 @@ def type_loops(
     *,
     is_local: bool,
 ) -> Callable[..., PyTree]:
-    """Returns a function of shards whose loops have types.
+    """Returns a function of shards whose loops have types; one whose types JAX finds runs as it is.
 
-    A function whose types JAX finds by itself runs as it is.
-
-    Args:
-      run: to be traced inside a `shard_map` over the whole mesh.
-      mesh: the device mesh.
-      rows: mesh axes that split the rows.
-      whole: the function, traced on whole arrays.
-      is_local: whether it is another function on shards.
+    It is to be traced inside a `shard_map` over the whole mesh, whose axes `rows` split the rows.
+    `whole` is the function traced on whole arrays; with `is_local` it is another one on shards.
     """
     axes = ShardAxes(mesh, rows, batch_axes(whole.jaxpr))
     loops = any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr))
