@@ -120,10 +120,7 @@ def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
 
 
 def infer_from_products(
-    adapted: Sequence[AdaptedLeaf],
-    loss: Callable[..., Any],
-    params: Params,
-    rest: tuple[Any, ...],
+    adapted: Sequence[AdaptedLeaf], loss: Callable[..., Any], params: Params, rest: tuple[Any, ...]
 ) -> list[AdaptedLeaf]:
     """Completes dims by what the products of the loss, on abstract arguments, contract.
 

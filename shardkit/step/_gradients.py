@@ -30,13 +30,7 @@ from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
-from ._objective import (
-    LossOutput,
-    Objective,
-    inverse_weight,
-    scale_gradient,
-    value_and_grad,
-)
+from ._objective import LossOutput, Objective, inverse_weight, scale_gradient, value_and_grad
 from ._own_constraints import move_to_shards
 from ._shard_convolutions import on_shards, on_their_devices
 

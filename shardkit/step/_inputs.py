@@ -16,14 +16,7 @@ from .._core.train_state import TrainState
 from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch, Key, PyTree
 from ..data import place_rows, process_rows
-from ._batch_values import (
-    check_order,
-    is_array,
-    is_list,
-    list_problem,
-    to_arrays,
-    value_problems,
-)
+from ._batch_values import check_order, is_array, is_list, list_problem, to_arrays, value_problems
 from ._given_leaves import place_given
 from ._layout import RESIDUALS, StepLayout
 

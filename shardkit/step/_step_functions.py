@@ -26,12 +26,7 @@ from ._gradients import (
 )
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import (
-    add_up_parts,
-    check_fixed_state,
-    check_partial_rows,
-    check_split_rows,
-)
+from ._split_checks import add_up_parts, check_fixed_state, check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,

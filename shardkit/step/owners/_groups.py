@@ -123,9 +123,7 @@ def _split_dims(
 
 
 def _count_batch_dims(
-    update: core.ClosedJaxpr,
-    parts: Sequence[MatrixPart],
-    retrace: Retrace,
+    update: core.ClosedJaxpr, parts: Sequence[MatrixPart], retrace: Retrace
 ) -> list[int]:
     """For each part, how many dims in front count matrices that do not depend on one another.
 

@@ -27,11 +27,7 @@ class LossAskedError(Exception):
 
 
 def update_by_owners(
-    optimizer: optax.GradientTransformation,
-    args: OwnersArgs,
-    shardings: PyTree,
-    *,
-    declared: bool,
+    optimizer: optax.GradientTransformation, args: OwnersArgs, shardings: PyTree, *, declared: bool
 ) -> tuple[Params, PyTree] | None:
     """Computes an update whose matrices are divided over the devices that split them.
 

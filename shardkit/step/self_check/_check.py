@@ -61,10 +61,7 @@ class _Run:
         self._loss_program = loss.program
         dtypes = bound.spec.precision.compute_dtypes(state.params)
         self._limits = Limits.of(
-            dtypes.lowest,
-            loss.lowest,
-            lossy=lossy,
-            reduce_dtype=bound.spec.precision.reduce_dtype,
+            dtypes.lowest, loss.lowest, lossy=lossy, reduce_dtype=bound.spec.precision.reduce_dtype
         )
         compiled = {"gradients": self._gradient_program, "training_loss": self._loss_program}
         self.compile_seconds = sum(

@@ -205,12 +205,7 @@ class Probes:
         ) -> jax.Array:
             start, end = map(self._partition.trained, (before.params, after.params))
             updates, opt_state = call_update(
-                self._spec.optimizer,
-                grads,
-                before.opt_state,
-                start,
-                loss,
-                value_and_grad=refuse,
+                self._spec.optimizer, grads, before.opt_state, start, loss, value_and_grad=refuse
             )
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), start, updates)
             tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]

@@ -20,14 +20,7 @@ from ..._core.split_rng import RandomDraws
 from ..._core.tracing import uses_dtype
 from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate, PyTree, Scalar
-from ...nn._manual_axis_rules import (
-    Axes,
-    Dims,
-    ManualAxisRules,
-    Names,
-    ShardMapLoss,
-    varying_axes,
-)
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, varying_axes
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout

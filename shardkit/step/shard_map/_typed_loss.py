@@ -22,12 +22,7 @@ _MAY_NEED_TYPES = frozenset({"scan", "while", "cond", "custom_vjp_call"})
 
 
 def type_loops(
-    run: Callable[..., PyTree],
-    mesh: Mesh,
-    rows: Axes,
-    whole: core.ClosedJaxpr,
-    *,
-    is_local: bool,
+    run: Callable[..., PyTree], mesh: Mesh, rows: Axes, whole: core.ClosedJaxpr, *, is_local: bool
 ) -> Callable[..., PyTree]:
     """Returns a function of shards whose loops have types; one whose types JAX finds runs as it is.
 
