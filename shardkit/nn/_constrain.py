@@ -101,17 +101,7 @@ def constrain_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array
     return x
 
 
-def _constrain_gradient_fwd(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
-    return x, None
-
-
-def _constrain_gradient_bwd(
-    names: tuple[str | None, ...], _: None, g: jax.Array
-) -> tuple[jax.Array]:
-    return (constrain(g, *names),)
-
-
-constrain_gradient.defvjp(_constrain_gradient_fwd, _constrain_gradient_bwd)
+constrain_gradient.defvjp(lambda x, names: (x, None), lambda names, _, g: (constrain(g, *names),))
 
 
 def use_resolver(resolver: Resolver) -> contextlib.AbstractContextManager[None]:

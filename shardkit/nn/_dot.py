@@ -54,12 +54,6 @@ def project(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     return _contract(x, w, _last(x, contracted), tuple(range(contracted)))
 
 
-def _project_fwd(
-    x: jax.Array, w: jax.Array, contracted: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, w, contracted), (x, w)
-
-
 def _project_bwd(
     contracted: int, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +63,7 @@ def _project_bwd(
     return g_x, weight_gradient(x, g, contracted, outputs)
 
 
-project.defvjp(_project_fwd, _project_bwd)
+project.defvjp(lambda x, w, contracted: (project(x, w, contracted), (x, w)), _project_bwd)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, inputs: int = 1, outputs: int = 1) -> jax.Array:

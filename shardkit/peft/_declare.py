@@ -1,5 +1,6 @@
 """Which parameters are adapted: the rules of `sk.lora` against the leaves that `init` returns."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,15 +36,8 @@ def choose_leaves(
     that matches nothing or never first, and every leaf that cannot be adapted.
     """
     problems, adapted = [], []
-    chosen = choose_by_globs(
-        "ranks",
-        ranks,
-        leaves,
-        explain=_explain_rank,
-        example='{"**/kernel": 8}',
-        headline=_HEADLINE,
-    )
-    for leaf, value in chosen:
+    options = {"explain": _explain_rank, "example": '{"**/kernel": 8}', "headline": _HEADLINE}
+    for leaf, value in choose_by_globs("ranks", ranks, leaves, **options):
         rank, dims = value if isinstance(value, tuple) else (value, "")
         problems += _find_unfit(leaf, dims)
         adapted.append(AdaptedLeaf(leaf, rank, dims, scale(rank)))
@@ -67,8 +61,7 @@ def choose_by_globs(
     that matches nothing or never first, every value that is wrong, or that no leaf is chosen.
     """
     if not isinstance(values, Mapping):
-        problem = Problem(argument, f"is of type {type(values).__name__}", example)
-        raise_all(StepError, headline, [problem])
+        raise StepError.of(headline, argument, f"is of type {type(values).__name__}", example)
     problems, paths = [], [leaf.path for leaf in leaves]
     winners = {path: next((g for g in values if matches(g, path)), None) for path in paths}
     for glob, value in values.items():
@@ -114,7 +107,7 @@ def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
             why = f"has {len(names)} dims, of which any may be inputs, outputs or stacked"
             fix = f'say it, as in ({one.rank}, "{"sioo"[-len(names) :]}"); or give batch=, from '
             problems.append(Problem(str(one.leaf), why, f"{fix}which the products are found"))
-        complete.append(_with_dims(one, dims))
+        complete.append(dataclasses.replace(one, dims=dims))
     raise_all(StepError, _HEADLINE, problems)
     return complete
 
@@ -144,13 +137,9 @@ def infer_from_products(
         if len(seen) > 1 or not {"i", "o"} <= set(seen[0]):
             why = f"is in products whose dims are {' and '.join(map(repr, seen))}"
             problems.append(Problem(str(one.leaf), why, "leave it out of sk.lora"))
-        complete.append(one if one.dims else _with_dims(one, seen[0]))
+        complete.append(one if one.dims else dataclasses.replace(one, dims=seen[0]))
     raise_all(StepError, _HEADLINE, problems)
     return complete
-
-
-def _with_dims(one: AdaptedLeaf, dims: str) -> AdaptedLeaf:
-    return AdaptedLeaf(one.leaf, one.rank, dims, one.scale)
 
 
 def _explain_rank(value: Any) -> str:

@@ -22,19 +22,12 @@ ADAPTERS = "lora"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLeaf:
-    """A weight W that computes as W + scale · A B.
+    """A weight W that computes as W + scale · A B."""
 
-    Attributes:
-      leaf: its path in the parameters, shape, dtype and logical axes.
-      rank: of A B.
-      dims: one letter per dim: `s`, `i` or `o`; "" while they are still to be found.
-      scale: of A B.
-    """
-
-    leaf: Leaf
-    rank: int
-    dims: str
-    scale: float
+    leaf: Leaf  # its path in the parameters, shape, dtype and logical axes
+    rank: int  # of A B
+    dims: str  # one letter per dim: `s`, `i` or `o`; "" while they are still to be found
+    scale: float  # of A B
 
     def having(self, letters: str) -> list[int]:
         """The dims that are one of these letters, in order."""

@@ -22,7 +22,7 @@ def multiply(weight: Tracked, x: jax.Array, side: int, params: Mapping[str, Any]
     w_in, w_batch = contracted[side], batch[side]
     x_in, x_batch = contracted[1 - side], batch[1 - side]
     free = [dim for dim in range(weight.value.ndim) if dim not in (*w_in, *w_batch)]
-    loose = [dim for dim in free if _is_stacked(weight, dim)]
+    loose = [d for d in free if any(weight.of.dims[label] == "s" for label in weight.dims[d])]
     outputs = [dim for dim in free if dim not in loose]
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     dtype = weight.value.dtype
@@ -45,7 +45,3 @@ def multiply(weight: Tracked, x: jax.Array, side: int, params: Mapping[str, Any]
     of_x = list(range(num_batch + len(loose), own))
     of_w = [at[dim] for dim in free]
     return out.transpose(*range(num_batch), *(of_w + of_x if side == 0 else of_x + of_w))
-
-
-def _is_stacked(weight: Tracked, dim: int) -> bool:
-    return any(weight.of.dims[label] == "s" for label in weight.dims[dim])

@@ -158,25 +158,11 @@ def _dynamic_slice(w: Tracked, params: Mapping[str, Any], rest: list[Any], value
     return w.moved(value, w.dims, move)
 
 
+_KEEPING = """all_gather convert_element_type copy copy_p name pcast pvary sharding_constraint
+    shardkit_constrain shardkit_record shardkit_use_param shardkit_vary""".split()
 # What may happen to a weight before it is multiplied. All of it is linear.
 MOVES: Mapping[str, Move] = {
-    **dict.fromkeys(
-        (
-            "all_gather",
-            "convert_element_type",
-            "copy",
-            "copy_p",
-            "name",
-            "pcast",
-            "pvary",
-            "sharding_constraint",
-            "shardkit_constrain",
-            "shardkit_record",
-            "shardkit_use_param",
-            "shardkit_vary",
-        ),
-        _keep,
-    ),
+    **dict.fromkeys(_KEEPING, _keep),
     "stop_gradient": _stop,
     "transpose": _transpose,
     "squeeze": _squeeze,

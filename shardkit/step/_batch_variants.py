@@ -53,9 +53,7 @@ class BatchVariants:
             self._others[types] = self._others.pop(types)
             return self._others[types]
         changes = list(_list_changes(self.declared.layout.batch, types))
-        same_ranks = all(
-            len(shape) == a.ndim for (shape, _), a in zip(types, declared, strict=True)
-        )
+        same_ranks = [len(shape) for shape, _ in types] == [a.ndim for a in declared]
         allowed = self._bound.spec.on_retrace == "warn" and jax.process_count() == 1
         if not changes or not same_ranks or not allowed:
             return self.declared
@@ -92,11 +90,8 @@ class BatchVariants:
         return variant
 
 
-def _has_type(x: Any, abstract: jax.ShapeDtypeStruct) -> bool:
-    return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (
-        abstract.shape,
-        abstract.dtype,
-    )
+def _has_type(x: Any, like: jax.ShapeDtypeStruct) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (like.shape, like.dtype)
 
 
 def _leaf_type(x: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -108,7 +103,5 @@ def _list_changes(declared: Batch, types: LeafTypes) -> Iterator[Problem]:
     for (path, a), (shape, dtype) in zip(by_path, types, strict=True):
         changed = ["shape"] * (a.shape != shape) + ["dtype"] * (a.dtype != dtype)
         if changed:
-            why = f"changed its {' and '.join(changed)}: declared as "
-            yield Problem(
-                path, f"{why}{short_type(a.shape, a.dtype)}, is {short_type(shape, dtype)}"
-            )
+            change = f"{short_type(a.shape, a.dtype)}, is {short_type(shape, dtype)}"
+            yield Problem(path, f"changed its {' and '.join(changed)}: declared as {change}")

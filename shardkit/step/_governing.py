@@ -36,8 +36,9 @@ def find_governing_constraints(
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
     declared: list[Declared] = [*_declared_leaves(jaxpr, placed)]
-    for line, (_, variable, dims, _) in zip(lines, found, strict=True):
-        declared.append((line, variable, dims))
+    declared += [
+        (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
+    ]
     alone = find_disagreeing(jaxpr, declared, lines)
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
     return [

@@ -91,13 +91,13 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
-        compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
+        compute_params = constrain_tree(compute_params, plan.layout.shardings.params)
         partition = plan.layout.partition
         of_trained = partition.of_trained(objective, compute_params)
         args = partition.trained(compute_params), model_state, batch, key
         output, grads = accumulate(of_trained, plan, args)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, partition.trained(params))
-        return output, _constrain_tree(grads, plan.layout.gradients)
+        return output, constrain_tree(grads, plan.layout.gradients)
 
     return run
 
@@ -195,7 +195,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
         output, totals = run_gradient(params, model_state, rows, micro_key)
-        return output, _constrain_tree(totals, plan.layout.gradients)
+        return output, constrain_tree(totals, plan.layout.gradients)
 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
@@ -203,7 +203,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     output, totals = _make_zeros(plan, params)
     start = (
         LossOutput(output.loss, output.metrics, model_state),
-        _constrain_tree(totals, plan.layout.gradients),
+        constrain_tree(totals, plan.layout.gradients),
     )
     (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     return output, divide_by_weight(totals, output.loss.weight)
@@ -278,7 +278,10 @@ def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
     return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
 
 
-def _constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
+def constrain_tree(tree: PyTree, shardings: PyTree | None) -> PyTree:
+    """A tree laid out by `NamedSharding`s, or as it is for None."""
+    if shardings is None:
+        return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.errors import StepError
 from .._core.tree import format_bytes
 from ..report import CompiledBytes, Memory, Program, read_memory, suggest_memory_savings
 from ._bound_spec import BoundSpec
@@ -39,10 +39,10 @@ def check_memory(bound: BoundSpec, layout: StepLayout, compiled: CompiledProgram
         f"{part} {format_bytes(size)}" for part in _PARTS if (size := getattr(memory, part))
     )
     why = f"needs {format_bytes(memory.total)} of {format_bytes(limit)}: {parts}"
-    problem = Problem(f"each of {mesh.size} x {device.device_kind}", why)
+    subject = f"each of {mesh.size} x {device.device_kind}"
     savings = suggest_memory_savings(memory, program.leaves, program.sizes, room=limit)
     fix = "; or ".join(savings[:3]) or "more devices"
-    raise_all(StepError, "The step does not fit on its devices.", [problem], fix)
+    raise StepError.of("The step does not fit on its devices.", subject, why, fix)
 
 
 def _memory_limits(memory: Memory, mesh: Mesh) -> Iterator[int]:

@@ -109,14 +109,13 @@ def _without(entry: Any, axes: tuple[str, ...]) -> Any:
     return tuple(axis for axis in axes_of(entry) if axis not in axes) or None
 
 
-def _lower(ctx: Any, x: Any, *, sharding: NamedSharding, **_: Any) -> Any:
-    """Of an array that is the same for all gradient shards, such as a weight."""
-    return mlir.lower_fun(
-        lambda y: jax.lax.with_sharding_constraint(y, sharding), multiple_results=False
-    )(ctx, x)
-
-
 shard_constraint_p.def_impl(lambda x, **_: x)
 shard_constraint_p.def_abstract_eval(lambda x, **_: x)
 batching.primitive_batchers[shard_constraint_p] = _batch
-mlir.register_lowering(shard_constraint_p, _lower)
+mlir.register_lowering(  # of an array that is the same for all gradient shards, such as a weight
+    shard_constraint_p,
+    mlir.lower_fun(
+        lambda x, sharding, **_: jax.lax.with_sharding_constraint(x, sharding),
+        multiple_results=False,
+    ),
+)

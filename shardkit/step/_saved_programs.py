@@ -76,9 +76,8 @@ def find_obstacle(mesh: Mesh) -> Problem | None:
         why = "run this step, each an executable of its own"
         return Problem(f"{jax.process_count()} processes", why)
     if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
-        return Problem(
-            f"{mesh.size} CPU devices", "can deadlock in a program that comes from a file"
-        )
+        why = "can deadlock in a program that comes from a file"
+        return Problem(f"{mesh.size} CPU devices", why)
     return None
 
 
@@ -148,7 +147,7 @@ def _same_types(a: PyTree, b: PyTree) -> bool:
     return a == b
 
 
-_UNSAVED = "The step cannot be saved."
+_UNSAVED, _UNLOADED = "The step cannot be saved.", "The saved step cannot be loaded."
 
 
 def save_programs(
@@ -204,7 +203,7 @@ def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedProgr
     Raises StepError if there is no such file, or it cannot be read and no mesh is given, or its
     devices are not here.
     """
-    path = local_path(path, StepError, "The saved step cannot be loaded.")
+    path = local_path(path, StepError, _UNLOADED)
     try:
         with _open_zip(path) as file:
             header = json.loads(file.read(_HEADER))
@@ -218,13 +217,10 @@ def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedProgr
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
         why = "does not exist" if missing else f"is not a saved step: {first_line(error)}"
-        problem = Problem(str(path), why)
         if mesh is None or missing:
             fix = f"step.save({str(path)!r}); or pass mesh=, which compiles the step anew"
-            raise StepError(
-                format_problems("The saved step cannot be loaded.", [problem], fix)
-            ) from None
-        warn_stale(path, [problem])
+            raise StepError.of(_UNLOADED, str(path), why, fix) from None
+        warn_stale(path, [Problem(str(path), why)])
         return SavedPrograms(path, mesh, {}, frozenset())
     return SavedPrograms(path, saved_mesh, environment, names)
 
@@ -240,7 +236,7 @@ def _build_mesh(path: pathlib.Path, header: Mapping[str, Any]) -> Mesh:
     if lacking := [n for n in numbers if n not in here]:
         why = f"needs {platform_name} devices {lacking}; this process has {sorted(here)}"
         fix = f"sk.simulate_devices({len(numbers)}) before JAX starts; or pass mesh="
-        raise StepError.of("The saved step cannot be loaded.", str(path), why, fix)
+        raise StepError.of(_UNLOADED, str(path), why, fix)
     devices = np.array([here[n] for n in numbers]).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 

@@ -334,10 +334,8 @@ def check_step_spec(given: Any, kind: type[ShardkitError], headline: str, other:
         return
     fix = "sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
     fix = "step.spec" if isinstance(given, CompiledStep) else fix
-    problem = Problem(
-        "spec", f"is of type {type_name(given)}", f"{fix}, or {other}" if other else fix
-    )
-    raise_all(kind, headline, [problem])
+    fix = f"{fix}, or {other}" if other else fix
+    raise kind.of(headline, "spec", f"is of type {type_name(given)}", fix)
 
 
 def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
@@ -347,7 +345,7 @@ def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
     why = "is given beside a step that has its own, or a function that compiles one"
     why = "is not given, and a StepSpec has none" if mesh is None else why
     fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
-    raise_all(StepError, "The step needs exactly one mesh.", [Problem("mesh", why, fix)])
+    raise StepError.of("The step needs exactly one mesh.", "mesh", why, fix)
 
 
 def _to_abstract(x: Any) -> jax.ShapeDtypeStruct:

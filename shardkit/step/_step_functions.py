@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Mean, Params, PyTree
+from .._core.types import Accumulate, Batch, Mean, Params, PyTree
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import (
@@ -35,11 +35,7 @@ from ._update import (
     check_state_types,
 )
 from .self_check import build_plain_objective, build_training_loss
-from .shard_map._build import (
-    build_micro_batch_objective,
-    build_shard_gradients,
-    build_shard_objective,
-)
+from .shard_map._build import build_on_shards
 from .shard_map._plan import kept_axes
 
 if TYPE_CHECKING:
@@ -130,14 +126,11 @@ class StepFunctions:
         """Builds `(state, batch) → (metrics, the same as totals and weights)`."""
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
+        traced = check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
         if spec.mode == "shard_map":
-            traced = check_split_rows(
-                self.bound, self.layout, loss, self._loss_args, gradients=False
-            )
             loss = add_up_parts(loss, traced, self.layout)
-            loss = self._build_on_shards(build_shard_objective, loss)
+            loss = self._build_on_shards(loss, accumulate=Accumulate())
         else:
-            check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 
@@ -152,7 +145,7 @@ class StepFunctions:
         if not on_shards:
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_training_loss(
-            self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
+            self._build_on_shards(loss) if on_shards else loss,
             lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,
@@ -175,7 +168,7 @@ class StepFunctions:
         if plan.micro_batches > 1 if on_shards else plan.per_shard_accumulation:
             check_fixed_state(self.bound, self._loss_args)
         if on_shards:
-            return self._build_on_shards(build_shard_gradients, loss)
+            return self._build_on_shards(loss, gradients=True)
         if plan.per_shard_accumulation:
             plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)
@@ -192,9 +185,10 @@ class StepFunctions:
         loss = self._training_objective
         return check_split_rows(self.bound, self.layout, loss, self._loss_args)
 
-    def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
+    def _build_on_shards(self, loss: Objective, **options: Any) -> Any:
+        options = {"accumulate": self.bound.spec.accumulate, **options}
         with use_policy(layer_policy(self.bound, self.layout)):
-            return build(self.bound, self.layout, loss, self._loss_args)
+            return build_on_shards(self.bound, self.layout, loss, self._loss_args, **options)
 
     @functools.cached_property
     def _loss_args(self) -> LossArgs:

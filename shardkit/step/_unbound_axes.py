@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, did_you_mean, format_problems
+from .._core.errors import StepError, did_you_mean
 from .._core.tracing import record_fact, recorded_facts
 from ..nn._manual_axis_rules import on_shards
 
@@ -96,7 +96,7 @@ def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
         if mesh is not None:
             for call, name in _find_axis_uses(error):
                 if name not in mesh.axis_names:
-                    raise StepError(_format_unbound(call, name, mesh)) from error
+                    raise _unbound_error(call, name, mesh) from error
         raise
 
 
@@ -121,8 +121,8 @@ def _axis_names_of(frame: FrameType) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _format_unbound(call: str, name: str, mesh: Mesh) -> str:
+def _unbound_error(call: str, name: str, mesh: Mesh) -> StepError:
     known = ", ".join(f"{a}={n}" for a, n in mesh.shape.items())
-    problem = Problem(call, f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}")
+    why = f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}"
     fix = f"one of {', '.join(map(repr, mesh.axis_names))}"
-    return format_problems("The loss names a mesh axis that does not exist.", [problem], fix)
+    return StepError.of("The loss names a mesh axis that does not exist.", call, why, fix)

@@ -13,7 +13,7 @@ from .._core.precision import widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree, Scalar
-from ._gradients import GradientFn
+from ._gradients import GradientFn, constrain_tree
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
 from .optim._extra_args import call_update
@@ -50,8 +50,8 @@ def build_train_step(
         output, grads = gradients(state.params, state.model_state, batch, step_key(state))
         metrics = _collect_metrics(output, grads)
         with jax.named_scope("update"):
-            before = _constrain_update(partition.trained(state.params), shardings)
-            grads = _constrain_update(grads, shardings)
+            before = constrain_tree(partition.trained(state.params), shardings)
+            grads = constrain_tree(grads, shardings)
             given = (grads, state.opt_state, before, metrics["loss"])
             owned = None
             if arg_shardings and owners is not False:
@@ -60,7 +60,7 @@ def build_train_step(
                 optimizer, *given, value_and_grad=value_and_grad
             )
             _check_updates(updates, before)
-            params = _constrain_update(optax.apply_updates(before, updates), shardings)
+            params = constrain_tree(optax.apply_updates(before, updates), shardings)
             after = dataclasses.replace(
                 state,
                 step=state.step + 1,
@@ -89,12 +89,6 @@ def _check_updates(updates: PyTree, params: Params) -> None:
     ]
     fix = "an optimizer whose update returns a tree like the parameters"
     raise_all(StepError, "The updates do not match the parameters.", problems, fix)
-
-
-def _constrain_update(tree: Params, shardings: PyTree | None) -> Params:
-    if shardings is None:
-        return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
 def build_gradient_step(

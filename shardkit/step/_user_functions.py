@@ -111,19 +111,13 @@ def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
         if has_axes(leaf)
     ]
     problems = [
-        Problem(
-            join_path("params", path),
-            f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims",
-        )
-        for path, leaf in named
-        if len(leaf.axes) > leaf.value.ndim
+        Problem(join_path("params", path), f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims")
+        for path, x in named
+        if len(x.axes) > x.value.ndim
     ]
-    raise_all(
-        ShardingError, "Logical axes do not fit.", problems, "at most one name or None per dim"
-    )
-    return {
-        path: (*leaf.axes, *[None] * (leaf.value.ndim - len(leaf.axes))) for path, leaf in named
-    }
+    fix = "at most one name or None per dim"
+    raise_all(ShardingError, "Logical axes do not fit.", problems, fix)
+    return {path: (*x.axes, *[None] * (x.value.ndim - len(x.axes))) for path, x in named}
 
 
 def check_initial(initial: PyTree) -> None:

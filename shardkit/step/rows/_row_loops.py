@@ -70,7 +70,10 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
     body, (consts, carried) = closed.jaxpr, count_scan_operands(scan)
     before, turns = consts + carried, scan.params["length"]
     pairs = zip(body.invars[consts:before], body.outvars[:carried], strict=True)
-    carries = [_read_carry(body, carry, end, turns) for carry, end in pairs]
+    carries = [
+        _counter(body, carry, end, turns) or _sum(body, carry, end) or _written(body, carry, end)
+        for carry, end in pairs
+    ]
     if any(carry is None for carry in carries):
         return None
     known = [carry for carry in carries if carry is not None]
@@ -111,10 +114,6 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
     return RowLoop(program, tuple(len(c.places) for c in known if c.places is not None))
 
 
-def _read_carry(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | None:
-    return _counter(body, carry, end, turns) or _sum(body, carry, end) or _written(body, carry, end)
-
-
 def _counter(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | None:
     made = _maker(body, end)
     if made is None or made.primitive.name != "add" or dtype_of(carry).kind not in "iu":
@@ -145,9 +144,9 @@ def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
     # A running sum that a turn reads, or hands out, depends on the turns before.
     if terms and (_uses(body, end) or sum(result is end for result in body.outvars) > 1):
         return None
-    placed = [_placed_term(body, term) for term in terms]
     makers = [
-        _Carry((t,), _add_all) if p is None else p for t, p in zip(terms, placed, strict=True)
+        _placed_term(body, term) or _Carry((term,), lambda start, v: start + v[0].sum(0))
+        for term in terms
     ]
 
     def add_up(start: Any, values: Sequence[Any]) -> Any:
@@ -157,10 +156,6 @@ def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
         return start
 
     return _Carry(tuple(v for maker in makers for v in maker.variables), add_up)
-
-
-def _add_all(start: Any, values: Sequence[Any]) -> Any:
-    return start + values[0].sum(0)
 
 
 def _placed_term(body: core.Jaxpr, term: Any) -> _Carry | None:

@@ -177,9 +177,7 @@ class GradientTest:
 
     def _residual(self, step: float, leaves: np.ndarray | None = None) -> float:
         amounts = step * self.direction.amounts
-        if leaves is not None:
-            amounts = np.where(leaves, amounts, 0).astype(np.float32)
-        amounts = amounts.astype(np.float32)
+        amounts = (amounts if leaves is None else np.where(leaves, amounts, 0)).astype(np.float32)
         difference = self.loss(amounts) - self.loss(-amounts)
         return difference - float(np.sum(self.predict(amounts), dtype=np.float64))
 
@@ -190,7 +188,7 @@ class GradientTest:
         ones the half that is further off is followed.
         """
         n = len(self.direction.amounts)
-        held, gap = np.ones(n, bool), np.inf
+        held = np.ones(n, bool)
         while held.sum() > 1:
             members = np.flatnonzero(held)
             halves = []
@@ -204,5 +202,4 @@ class GradientTest:
         index = int(np.flatnonzero(held)[0])
         own = self.direction.scale(step, [index])
         error = abs(self._residual(step, held))
-        gap = error / own if own else np.inf
-        return index, gap
+        return index, error / own if own else np.inf

@@ -23,38 +23,16 @@ from ._problems import check_supported, own_sharding_problems, raise_problems
 from ._typed_loss import type_loops
 
 
-def build_shard_gradients(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> GradientFn:
-    """Builds the gradients of a loss; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_gradients(local, plan)
-
-
-def build_shard_objective(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> Objective:
-    """Builds a loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, Accumulate())
-    return build_local_objective(local, plan)
-
-
-def build_micro_batch_objective(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> Objective:
-    """Builds a loss of one micro-batch, with the draws of its gradient; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_objective(local, plan)
-
-
-def plan_shards(
+def build_on_shards(
     bound: BoundSpec,
     layout: StepLayout,
     objective: Objective,
     args: LossArgs,
+    *,
     accumulate: Accumulate,
-) -> tuple[ShardMapPlan, Objective]:
-    """Plans how a loss runs on shards, and gives the types to its loops that JAX wants there.
+    gradients: bool = False,
+) -> Objective | GradientFn:
+    """Builds a loss of one micro-batch, or the gradients of all, from traces on whole arrays.
 
     Arguments are abstract, with the rows of the global batch. Raises ShardingError for a constraint
     of the model that cannot be met, StepError for a spec or model that `shard_map` mode does not
@@ -70,7 +48,8 @@ def plan_shards(
     is_local = isinstance(bound.spec.loss_fn, ShardMapLoss)
     local = type_loops(objective, bound.mesh, plan.row_axes, whole, is_local=is_local)
     draws = _match_draws(objective, local, plan, args, whole)
-    return dataclasses.replace(plan, draws=draws), local
+    build = build_local_gradients if gradients else build_local_objective
+    return build(local, dataclasses.replace(plan, draws=draws))
 
 
 def _match_draws(

@@ -46,10 +46,6 @@ class UntypedProgram:
     jaxpr: core.Jaxpr  # takes the captured arrays, then the arguments
     captured: list[jax.Array]  # arrays that the function closes over
 
-    def with_captured(self, args: Values, each: Any) -> list[Any]:
-        """Returns something for each argument, preceded by `each` for each captured array."""
-        return [each] * len(self.captured) + list(args)
-
 
 @dataclasses.dataclass(frozen=True)
 class DerivativeRule:
@@ -77,10 +73,6 @@ class ShardAxes:
         kinds = (AxisType.Auto,) * len(sizes)
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
-    def on_mesh(self, jaxpr: core.Jaxpr) -> core.Jaxpr:
-        """Returns a program with mesh axes in place of the names of the batch."""
-        return rename_axes(jaxpr, dict.fromkeys(self.batch, self.rows)) if self.batch else jaxpr
-
 
 def trace_untyped(
     axes: ShardAxes, run: Callable[..., PyTree], args: Values
@@ -97,7 +89,9 @@ def trace_untyped(
     consts = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
     captured = [consts[v] for v in equation.invars if v in consts]
     body, _ = open_jaxpr(equation.params["jaxpr"])
-    return UntypedProgram(axes.on_mesh(body), captured), shapes
+    if axes.batch:
+        body = rename_axes(body, dict.fromkeys(axes.batch, axes.rows))
+    return UntypedProgram(body, captured), shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,10 @@ def reduce_output(
         _typed_equal(x, rows) if equal else x for x, equal in zip(leaves, equal_state, strict=True)
     )
     means = {"loss": output.loss, **output.metrics}
-    raise_all(
-        StepError,
-        "The loss on shards returns values that differ between devices with the same rows.",
-        [
-            *(p for name, mean in means.items() for p in _varying_problems(name, mean, rows)),
-            *_state_problems(model_state, new_state),
-        ],
-    )
+    problems = [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)]
+    problems += _state_problems(model_state, new_state)
+    headline = "The loss on shards returns values that differ between devices with the same rows."
+    raise_all(StepError, headline, problems)
     names_by_axes: dict[Axes, list[str]] = {}
     for name, mean in means.items():
         axes = tuple(axis for axis in rows if axis in varying_axes(mean.total))
@@ -69,9 +65,8 @@ def _state_problems(before: PyTree, after: PyTree) -> Iterator[Problem]:
 def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
     for axis in sorted((varying_axes(mean.total) | varying_axes(mean.weight)) - set(rows)):
         fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
-        yield Problem(
-            f"output {name!r}", f"differs per {axis!r} shard: add psum/pmean over {axis!r}", fix
-        )
+        why = f"differs per {axis!r} shard: add psum/pmean over {axis!r}"
+        yield Problem(f"output {name!r}", why, fix)
     for axis in sorted((varying_axes(mean.weight) - varying_axes(mean.total)) & set(rows)):
         why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
         yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")

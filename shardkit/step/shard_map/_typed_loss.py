@@ -38,8 +38,8 @@ def type_loops(
         flat, structure = jax.tree.flatten(args)
         program, shapes = trace_untyped(axes, lambda *flat: run(*structure.unflatten(flat)), flat)
         evaluator, types = Evaluator(axes), [varying_axes(x) for x in flat]
-        widens = follow_types(program.jaxpr, program.with_captured(types, frozenset()))[1]
-        needed = widens or axes.batch
+        captured = [frozenset[str]()] * len(program.captured)
+        needed = follow_types(program.jaxpr, [*captured, *types])[1] or axes.batch
         if not needed and not _rules_widen(evaluator, program.jaxpr, frozenset().union(*types)):
             return run(*args)
         results = evaluator.run(program.jaxpr, [*program.captured, *flat])
