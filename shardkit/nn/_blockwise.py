@@ -40,16 +40,11 @@ Hidden = tuple[jax.Array | None, jax.Array | None]
 
 
 class BlockOptions(NamedTuple):
-    """What the program of an attention depends on, beside its arrays.
+    """What the program of an attention depends on, beside its arrays."""
 
-    Attributes:
-      causal: whether a query sees only keys at its own position and before.
-      window: number of keys that a query sees, its own the last; None for all.
-      softcap: logits become `softcap · tanh(logits / softcap)`; None leaves them.
-    """
-
-    causal: bool
-    window: int | None = None
+    causal: bool  # whether a query sees only keys at its own position and before
+    window: int | None = None  # number of keys that a query sees, its own the last; None for all
+    # logits become `softcap · tanh(logits / softcap)`; None leaves them
     softcap: float | None = None
 
 
@@ -64,16 +59,9 @@ def attend_block(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns softmax(q kᵀ / √H + mask) v over one block, and the log of each softmax sum.
 
-    Args:
-      q: [B, K, G, t, H].
-      k: [B, K, s, H].
-      v: [B, K, s, H].
-      ids: segments of the queries i32[B, t] and of the keys i32[B, s]; None for one segment.
-      visible: bool[t, s], which keys each query sees; None for all.
-      softcap: bound of the logits, see `BlockOptions`.
-
-    Returns:
-      f32[B, K, G, t, H] and f32[B, K, G, t].
+    q is [B, K, G, t, H], k and v [B, K, s, H]; `ids` are segments of the queries i32[B, t] and of
+    the keys i32[B, s], None for one segment; `visible` is bool[t, s], which keys each query sees,
+    None for all. The results are f32[B, K, G, t, H] and f32[B, K, G, t].
     """
     s = _mask(_scores(q, k, softcap), ids, visible)
     largest = s.max(-1, keepdims=True)
@@ -97,16 +85,9 @@ def backward_block(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what one block adds to the gradients of q, and of k and v as [B, K, H, s], in f32.
 
-    Args:
-      q: as for `attend_block`, and so k, v, ids and visible.
-      k: [B, K, s, H].
-      v: [B, K, s, H].
-      ids: segments of queries and keys, or None.
-      visible: which keys each query sees, or None.
-      lse: f32[B, K, G, t], log of the softmax sums over all keys, of this block and others.
-      delta: f32[B, K, G, t], sum over H of the output times its cotangent.
-      g: [B, K, G, t, H], cotangent of the output over all keys.
-      softcap: bound of the logits, see `BlockOptions`.
+    The first five arguments are as for `attend_block`. `lse` is f32[B, K, G, t], log of the softmax
+    sums over all keys, of this block and others; `delta`, f32[B, K, G, t], the sum over H of the
+    output times its cotangent; g, [B, K, G, t, H], the cotangent of the output over all keys.
     """
     with recomputed():
         logits = _scores(q, k, softcap)

@@ -14,7 +14,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from .._core.errors import Problem, StepError, count, format_problems
+from .._core.errors import StepError, count
 from .._core.tracing import TraceContext
 from .._core.tree import short_type
 from ..rules import axes_of
@@ -78,9 +78,7 @@ def constrain(
         wanted = short_type(shape, jax.numpy.result_type(x))
         why = f"{count(len(names), 'name')} for {count(len(shape), 'dim')} of {wanted}"
         fix = "name every dim, None for one that stays whole"
-        raise StepError(
-            format_problems("sk.nn.constrain does not fit its array.", [Problem(subject, why)], fix)
-        )
+        raise StepError.of("sk.nn.constrain does not fit its array.", subject, why, fix)
     if on_shards():
         x = reshard(x, names, source or names, into, partial)
     # JAX's trace caches have the abstract mesh in their keys, so a parameter may depend on it.
@@ -99,25 +97,11 @@ def constrain_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array
     If several products of the backward pass use a gradient that has to be gathered, it is gathered
     once. Without the constraint the partitioner gathers it for each product, and does not always
     merge the gathers.
-
-    Args:
-      x: an array of any shape and dtype.
-      names: as those of `constrain`.
     """
     return x
 
 
-def _constrain_gradient_fwd(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
-    return x, None
-
-
-def _constrain_gradient_bwd(
-    names: tuple[str | None, ...], _: None, g: jax.Array
-) -> tuple[jax.Array]:
-    return (constrain(g, *names),)
-
-
-constrain_gradient.defvjp(_constrain_gradient_fwd, _constrain_gradient_bwd)
+constrain_gradient.defvjp(lambda x, names: (x, None), lambda names, _, g: (constrain(g, *names),))
 
 
 def use_resolver(resolver: Resolver) -> contextlib.AbstractContextManager[None]:

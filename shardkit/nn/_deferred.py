@@ -30,30 +30,22 @@ _open = TraceContext[bool]("leave_open")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpenCall:
-    """A call in a traced program.
-
-    Attributes:
-      name: of the part.
-      function: what was called.
-      like: computes the same; see `call_open`.
-      tree: structure of its arguments.
-      rest: those leaves of them that are no arrays, such as functions; `_ARRAY` in place of arrays.
-      closed: arrays of the trace that the functions among them close over. In the program they are
-        operands, before the arrays among the arguments.
-    """
+    """A call in a traced program."""
 
     name: str
-    function: Callable[..., Any]
-    like: Callable[..., Any]
-    tree: Any
+    function: Callable[..., Any]  # what was called
+    like: Callable[..., Any]  # computes the same; see `call_open`
+    tree: Any  # structure of its arguments
+    # those leaves of them that are no arrays, such as functions; `_ARRAY` in place of arrays
     rest: tuple[Any, ...]
+    # arrays of the trace that the functions among them close over. In the program they are
+    # operands, before the arrays among the arguments.
     closed: tuple[Any, ...]
 
     def split(self, operands: Sequence[Any]) -> tuple[dict[int, Any], tuple[Any, ...], PyTree]:
         """Returns what stands for closed arrays (by `id`), and the arguments of the function.
 
-        Args:
-          operands: values of the equation's operands, arrays or pytrees in their place.
+        Operands are arrays or pytrees in their place.
         """
         closed = dict(zip(map(id, self.closed), operands, strict=False))
         values = iter(operands[len(closed) :])
@@ -91,12 +83,8 @@ def call_open(
 ) -> Any:
     """Calls a function; where calls are left open, by one equation that keeps it.
 
-    Args:
-      name: of the part.
-      function: of pytrees of arrays, and of functions.
-      like: computes the same, and is traced for shapes and for what the functions close over.
-      *args: arguments of the function.
-      **kwargs: those by name.
+    `like` computes the same, and is traced for shapes and for what the functions among the
+    arguments close over.
     """
     if not _open.value:
         return function(*args, **kwargs)
@@ -120,16 +108,10 @@ def trace(
     *,
     open_calls: bool = True,
 ) -> tuple[core.ClosedJaxpr, Any]:
-    """Traces a function, some of whose arguments may be functions.
+    """Traces a function, some of whose arguments may be functions or abstract arrays.
 
-    Args:
-      function: of pytrees of arrays, abstract ones and others.
-      args: its arguments.
-      kwargs: those by name.
-      open_calls: whether calls in it are left open.
-
-    Returns:
-      The program of the arrays among the arguments, and what the function returns, abstract.
+    Returns the program of the arrays among them, and what the function returns, abstract. With
+    `open_calls`, calls in it are left open.
     """
     leaves, tree = _flatten((tuple(args), dict(kwargs)))
 

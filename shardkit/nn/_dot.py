@@ -45,26 +45,13 @@ def matmul(x: jax.Array, w: jax.Array, dtype: Any = None, precision: Any = None)
 def project(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     """Returns x w, summed over the last `contracted` dims of x and as many leading ones of w.
 
-    Its weight gradient is that of `weight_gradient`.
-
-    Args:
-      x: [..., *inputs].
-      w: [*inputs, *outputs].
-      contracted: number of `inputs` dims.
-
-    Returns:
-      [..., *outputs] in the dtype of x.
+    x is [..., *inputs], w [*inputs, *outputs]; the result, [..., *outputs], has the dtype of x. Its
+    weight gradient is that of `weight_gradient`.
 
     >>> project(jnp.ones((5, 2, 3)), jnp.ones((2, 3, 4)), 2).shape
     (5, 4)
     """
     return _contract(x, w, _last(x, contracted), tuple(range(contracted)))
-
-
-def _project_fwd(
-    x: jax.Array, w: jax.Array, contracted: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, w, contracted), (x, w)
 
 
 def _project_bwd(
@@ -76,22 +63,17 @@ def _project_bwd(
     return g_x, weight_gradient(x, g, contracted, outputs)
 
 
-project.defvjp(_project_fwd, _project_bwd)
+project.defvjp(lambda x, w, contracted: (project(x, w, contracted), (x, w)), _project_bwd)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, inputs: int = 1, outputs: int = 1) -> jax.Array:
     """Returns xᵀ g: [*inputs, *outputs], summed over the rows that both have in front.
 
-    The smaller operand is the left one. XLA's matrix product on CPUs reads its left operand row by
-    row, so it first writes a transposed copy of it. JAX's own rule puts the cotangent there, which
-    is the large one where a product widens (to `mlp`, to `vocab`). Compilers that choose layouts
-    freely, as for TPUs, make the same program of both orders.
-
-    Args:
-      x: [rows, …, *inputs].
-      g: [rows, …, *outputs], cotangent of x w.
-      inputs: number of `inputs` dims.
-      outputs: number of `outputs` dims.
+    x is [rows, …, *inputs]; g, the cotangent of x w, is [rows, …, *outputs]. The smaller operand is
+    the left one. XLA's matrix product on CPUs reads its left operand row by row, so it first writes
+    a transposed copy of it. JAX's own rule puts the cotangent there, which is the large one where a
+    product widens (to `mlp`, to `vocab`). Compilers that choose layouts freely, as for TPUs, make
+    the same program of both orders.
     """
     rows = tuple(range(x.ndim - inputs))
     width_x = math.prod(x.shape[len(rows) :])

@@ -32,18 +32,14 @@ vary_p = core.Primitive("shardkit_vary")
 
 @dataclasses.dataclass(frozen=True)
 class ManualAxisRules:
-    """Which mesh axes the logical axes of one step are, in `mode="shard_map"`.
+    """Which mesh axes the logical axes of one step are, in `mode="shard_map"`."""
 
-    Attributes:
-      axes_by_name: `(logical axis, mesh axes)` of activations and of products.
-      gathered_dims: `(logical axes of a weight, mesh axes per dim)` that `sk.nn.use_param` gathers.
-      kept_axes: mesh axes over which gathered weights are kept from forward to backward.
-      reduce_dtype: dtype in which the gradients of gathered weights are summed; None: their own.
-    """
-
+    # `(logical axis, mesh axes)` of activations and of products
     axes_by_name: tuple[tuple[str, Axes], ...]
+    # `(logical axes of a weight, mesh axes per dim)` that `sk.nn.use_param` gathers
     gathered_dims: tuple[tuple[Names, Dims], ...] = ()
-    kept_axes: Axes = ()
+    kept_axes: Axes = ()  # mesh axes over which gathered weights are kept from forward to backward
+    # dtype in which the gradients of gathered weights are summed; None: their own
     reduce_dtype: str | None = None
 
     def axes(self, *names: str | None) -> Axes:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .._core.errors import StepError, did_you_mean, raise_all
 from .._core.options import option_problems
 from .._core.tracing import TraceContext, equations, record_fact, recorded_facts
 
@@ -40,18 +40,12 @@ _SAVE = "save:"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A `jax.checkpoint` policy with the name it was declared by.
+    """A `jax.checkpoint` policy with the name it was declared by."""
 
-    Attributes:
-      name: the declared name; policies of one name are equal.
-      saveable: the policy as JAX takes it.
-      names: checkpoint names of the intermediates that it saves.
-      within_layer: whether it applies to a part of a layer and not to a layer that `remat` marks.
-    """
-
-    name: str
-    saveable: Callable[..., Any] = dataclasses.field(compare=False)
-    names: tuple[str, ...] = ()
+    name: str  # the declared name; policies of one name are equal
+    saveable: Callable[..., Any] = dataclasses.field(compare=False)  # the policy as JAX takes it
+    names: tuple[str, ...] = ()  # checkpoint names of the intermediates that it saves
+    # whether it applies to a part of a layer and not to a layer that `remat` marks
     within_layer: bool = False
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
@@ -65,15 +59,11 @@ _active = TraceContext[Policy]("remat")
 
 @functools.lru_cache(maxsize=64)
 def parse_policy(name: str) -> Policy | None:
-    """Returns the checkpoint policy of a name, None for `"none"`.
+    """Returns the checkpoint policy of a name, None for `"none"`, which saves every intermediate.
 
-    Args:
-      name: `"none"` saves every intermediate; `"full"` only the layer's inputs; `"dots"` the
-        results of matrix products; `"dots_no_batch"` only those without batch dims;
-        `"save:attn_out,mlp_out"` what the model named with `jax.ad_checkpoint.checkpoint_name`.
-
-    Raises:
-      StepError: the name is none of these.
+    `"full"` saves only the layer's inputs; `"dots"` the results of matrix products;
+    `"dots_no_batch"` only those without batch dims; `"save:attn_out,mlp_out"` what the model named
+    with `jax.ad_checkpoint.checkpoint_name`. Raises StepError for other names.
 
     >>> parse_policy("none"), parse_policy("full").name
     (None, 'full')
@@ -87,8 +77,8 @@ def parse_policy(name: str) -> Policy | None:
         return Policy(name, _policies.save_only_these_names(KEPT_PARAM, *names), tuple(names))
     known = ["none", *_NAMED]
     why = f"unknown policy; known: {', '.join(known)}, save:<name>,<name>."
-    problem = Problem(f"remat={name!r}", why + did_you_mean(name, known))
-    raise StepError(format_problems("No such remat policy.", [problem], 'remat="full"'))
+    why += did_you_mean(name, known)
+    raise StepError.of("No such remat policy.", f"remat={name!r}", why, 'remat="full"')
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,15 +129,9 @@ def defer_remat(part: Callable[_P, _R], output: str) -> Callable[_P, _R]:
     """Defers the recomputation of a part of a layer until the gradient of its output arrives.
 
     A layer's backward pass recomputes everything at once and holds it, such as the gathered input
-    of attention while the gradients of the MLP after it are computed. If the policy saves the
-    part's output, nothing needs its intermediates earlier, and they can wait.
-
-    Args:
-      part: a function whose arguments are pytrees of arrays, inside a layer marked by `remat`.
-      output: `checkpoint_name` that the caller gives the part's result.
-
-    Returns:
-      The same function, recomputed by itself if the active policy saves `output`.
+    of attention while the gradients of the MLP after it are computed. If the active policy saves
+    the `checkpoint_name` that the caller gives the part's `output`, nothing needs its intermediates
+    earlier: the part is recomputed by itself. The layer is one marked by `remat`.
     """
 
     @functools.wraps(part)
@@ -171,15 +155,8 @@ def apply_policy(
 ) -> Callable[_P, _R]:
     """Puts a whole function under a policy if none of its layers is marked with `remat`.
 
-    Args:
-      function: a function of arrays, such as a loss.
-      policy: the policy that its layers will be traced under; None saves everything.
-      *args: abstract arguments of the function.
-      **kwargs: the same by keyword.
-
-    Returns:
-      The function itself if it marks a layer or the policy is None, else `jax.checkpoint` of it,
-      whose program has the fact `WHOLE`.
+    Arguments are abstract. The program of the `jax.checkpoint` of it has the fact `WHOLE`; without
+    a policy everything is saved.
     """
     if policy is None:
         return function

@@ -16,6 +16,10 @@ from ._overridable import shard_mapped
 _LARGEST_BLOCK = 512
 _VECTOR_LANES = 128  # of a TPU's vector unit; block sizes are multiples of it
 
+_BLOCKS = (
+    "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq "
+    "block_kv_dq"
+).split()
 _QUERIES = ("batch", "length", "heads", "head_dim")
 _KEYS = ("batch", "length", "kv_heads", "head_dim")
 _ROWS = ("batch", "length")
@@ -31,13 +35,9 @@ def splash_attention(
 ) -> jax.Array:
     """Returns what `sk.nn.attention` does, computed by TPU kernels.
 
-    Args:
-      q_BTNH: [batch, length, heads, head_dim]; `length` is a multiple of 128.
-      k_BTKH: [batch, length, kv_heads, head_dim].
-      v_BTKH: [batch, length, kv_heads, head_dim].
-      segment_ids: i32[batch, length] or None.
-      causal: whether a query sees only keys at its own position and before.
-      interpret: run the kernels step by step on any backend, for tests.
+    q is [batch, length, heads, head_dim], k and v [batch, length, kv_heads, head_dim], with a
+    length that is a multiple of 128; `segment_ids` is i32[batch, length] or None. With `interpret`
+    the kernels run step by step on any backend, for tests.
     """
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
@@ -56,22 +56,13 @@ def splash_attention(
 def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> Any:
     mask = kernels.CausalMask if causal else kernels.FullMask
     block = next(size for size in (_LARGEST_BLOCK, 256, _VECTOR_LANES) if length % size == 0)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    sizes: Any = dict.fromkeys(_BLOCKS, block)
     # Under the name of the output, so that a policy which keeps one keeps both.
     return kernels.make_splash_mha(
         kernels.MultiHeadMask([mask((length, length)) for _ in range(heads)]),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=sizes,
+        block_sizes=kernels.BlockSizes(**sizes),
         residual_checkpoint_name="attn_mix",
         interpret=interpret,
     )

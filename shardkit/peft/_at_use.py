@@ -38,18 +38,12 @@ _MOVES = (*_CASTS, "transpose", "reshape", "squeeze", "slice", "broadcast_in_dim
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A quantized weight in a traced loss, or one layer of it.
+    """A quantized weight in a traced loss, or one layer of it."""
 
-    Attributes:
-      codes: see `QuantizedLeaf`.
-      scales: the same.
-      of: the weight.
-      moves: operations of the loss on the dequantized weight that wait until it is used.
-    """
-
-    codes: jax.Array
-    scales: jax.Array
-    of: QuantizedLeaf = dataclasses.field(metadata={"static": True})
+    codes: jax.Array  # see `QuantizedLeaf`
+    scales: jax.Array  # the same
+    of: QuantizedLeaf = dataclasses.field(metadata={"static": True})  # the weight
+    # operations of the loss on the dequantized weight that wait until it is used
     moves: tuple[core.JaxprEqn, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
@@ -68,12 +62,9 @@ class Codes:
 
 
 def call_with_codes(loss: Callable[..., PyTree], args: Sequence[Any], weights: PyTree) -> PyTree:
-    """Calls a loss.
+    """Calls a loss with `weights`, the parameters with `Codes` in place of each quantized one.
 
-    Args:
-      loss: of pytrees of arrays.
-      args: its arguments; abstract ones will do for the first of them, the parameters.
-      weights: the parameters, with `Codes` in place of each quantized one.
+    The first of its arguments, the parameters, may be abstract.
     """
     with leaving_open():
         traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)

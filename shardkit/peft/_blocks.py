@@ -31,18 +31,13 @@ _NF4 = (
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedLeaf:
-    """A weight whose elements are codes.
+    """A weight whose elements are codes."""
 
-    Attributes:
-      leaf: its path in the parameters, shape, dtype and logical axes before it was quantized; what
-        is computed with it has this dtype.
-      kind: `"int8"` or `"nf4"`.
-      block: number of elements along the last dim that share a scale.
-    """
-
+    # its path in the parameters, shape, dtype and logical axes before it was quantized; what is
+    # computed with it has this dtype
     leaf: Leaf
-    kind: str
-    block: int
+    kind: str  # `"int8"` or `"nf4"`
+    block: int  # number of elements along the last dim that share a scale
 
     def follows(self) -> Follows:
         """The scales, split over devices like their codes."""

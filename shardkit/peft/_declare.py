@@ -1,5 +1,6 @@
 """Which parameters are adapted: the rules of `sk.lora` against the leaves that `init` returns."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,25 +32,12 @@ def choose_leaves(
 ) -> list[AdaptedLeaf]:
     """Lists the leaves that the rules adapt, with dims "" where no rule says them.
 
-    Args:
-      ranks: `{glob: rank, (rank, dims) or None}`; the first match wins.
-      leaves: the parameters, with the logical axes that the model names.
-      scale: of A B by rank.
-
-    Raises:
-      StepError: with every glob that matches nothing or never first, and every leaf that cannot be
-        adapted.
+    Of `{glob: rank, (rank, dims) or None}` the first match wins. Raises StepError with every glob
+    that matches nothing or never first, and every leaf that cannot be adapted.
     """
     problems, adapted = [], []
-    chosen = choose_by_globs(
-        "ranks",
-        ranks,
-        leaves,
-        explain=_explain_rank,
-        example='{"**/kernel": 8}',
-        headline=_HEADLINE,
-    )
-    for leaf, value in chosen:
+    options = {"explain": _explain_rank, "example": '{"**/kernel": 8}', "headline": _HEADLINE}
+    for leaf, value in choose_by_globs("ranks", ranks, leaves, **options):
         rank, dims = value if isinstance(value, tuple) else (value, "")
         problems += _find_unfit(leaf, dims)
         adapted.append(AdaptedLeaf(leaf, rank, dims, scale(rank)))
@@ -66,23 +54,14 @@ def choose_by_globs(
     example: str,
     headline: str,
 ) -> list[tuple[Leaf, Any]]:
-    """Lists the leaves that globs choose, with their values; those of value None are left out.
+    """Lists the leaves that `{glob: value}` chooses, with their values; those of None are left out.
 
-    Args:
-      argument: the name by which the user gave `values`, for errors.
-      values: `{glob: value}`; the first match wins.
-      leaves: the parameters.
-      explain: why a value is none; "" if it is one.
-      example: a declaration that is right.
-      headline: of the error.
-
-    Raises:
-      StepError: with every glob that matches nothing or never first, every value that is wrong, or
-        that no leaf is chosen.
+    The first match wins. `explain` says why a value is none; "" if it is one. Errors have the
+    user's `argument`, an `example` that is right, and a headline. Raises StepError with every glob
+    that matches nothing or never first, every value that is wrong, or that no leaf is chosen.
     """
     if not isinstance(values, Mapping):
-        problem = Problem(argument, f"is of type {type(values).__name__}", example)
-        raise_all(StepError, headline, [problem])
+        raise StepError.of(headline, argument, f"is of type {type(values).__name__}", example)
     problems, paths = [], [leaf.path for leaf in leaves]
     winners = {path: next((g for g in values if matches(g, path)), None) for path in paths}
     for glob, value in values.items():
@@ -114,8 +93,7 @@ def loss_problems(loss_fn: Any) -> list[Problem]:
 def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
     """Completes dims: stacked ones by their logical axes, then [input, output].
 
-    Raises:
-      StepError: a leaf has other than two dims that are not stacked.
+    Raises StepError for a leaf with other than two dims that are not stacked.
     """
     problems, complete = [], []
     for one in adapted:
@@ -129,27 +107,17 @@ def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
             why = f"has {len(names)} dims, of which any may be inputs, outputs or stacked"
             fix = f'say it, as in ({one.rank}, "{"sioo"[-len(names) :]}"); or give batch=, from '
             problems.append(Problem(str(one.leaf), why, f"{fix}which the products are found"))
-        complete.append(_with_dims(one, dims))
+        complete.append(dataclasses.replace(one, dims=dims))
     raise_all(StepError, _HEADLINE, problems)
     return complete
 
 
 def infer_from_products(
-    adapted: Sequence[AdaptedLeaf],
-    loss: Callable[..., Any],
-    params: Params,
-    rest: tuple[Any, ...],
+    adapted: Sequence[AdaptedLeaf], loss: Callable[..., Any], params: Params, rest: tuple[Any, ...]
 ) -> list[AdaptedLeaf]:
-    """Completes dims by what the products of the loss contract.
+    """Completes dims by what the products of the loss, on abstract arguments, contract.
 
-    Args:
-      adapted: the leaves.
-      loss: `(params, batch, key, ...) -> loss`.
-      params: abstract.
-      rest: the other arguments of the loss, abstract.
-
-    Raises:
-      StepError: a weight meets no product, or products that contract different dims.
+    Raises StepError for a weight that meets no product, or products that contract different dims.
     """
     products, unknown = Products(), {one.leaf.path: one for one in adapted if not one.dims}
 
@@ -169,13 +137,9 @@ def infer_from_products(
         if len(seen) > 1 or not {"i", "o"} <= set(seen[0]):
             why = f"is in products whose dims are {' and '.join(map(repr, seen))}"
             problems.append(Problem(str(one.leaf), why, "leave it out of sk.lora"))
-        complete.append(one if one.dims else _with_dims(one, seen[0]))
+        complete.append(one if one.dims else dataclasses.replace(one, dims=seen[0]))
     raise_all(StepError, _HEADLINE, problems)
     return complete
-
-
-def _with_dims(one: AdaptedLeaf, dims: str) -> AdaptedLeaf:
-    return AdaptedLeaf(one.leaf, one.rank, dims, one.scale)
 
 
 def _explain_rank(value: Any) -> str:

@@ -22,19 +22,12 @@ ADAPTERS = "lora"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLeaf:
-    """A weight W that computes as W + scale · A B.
+    """A weight W that computes as W + scale · A B."""
 
-    Attributes:
-      leaf: its path in the parameters, shape, dtype and logical axes.
-      rank: of A B.
-      dims: one letter per dim: `s`, `i` or `o`; "" while they are still to be found.
-      scale: of A B.
-    """
-
-    leaf: Leaf
-    rank: int
-    dims: str
-    scale: float
+    leaf: Leaf  # its path in the parameters, shape, dtype and logical axes
+    rank: int  # of A B
+    dims: str  # one letter per dim: `s`, `i` or `o`; "" while they are still to be found
+    scale: float  # of A B
 
     def having(self, letters: str) -> list[int]:
         """The dims that are one of these letters, in order."""
@@ -61,11 +54,7 @@ class AdaptedLeaf:
         return names and tuple(None if dim is None else names[dim] for dim in dims)
 
     def follows(self, tree: str) -> list[Follows]:
-        """The factors, each split like the dims of the weight that it has.
-
-        Args:
-          tree: path of the model's own parameters within all of them, or "".
-        """
+        """The factors below `tree`, each split like the dims of the weight that it has."""
         of, own = join_path(tree, self.leaf.path), join_path(ADAPTERS, self.leaf.path)
         return [Follows(join_path(own, name), of, dims) for name, dims in self.factors.items()]
 

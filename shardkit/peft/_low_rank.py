@@ -9,27 +9,20 @@ from ._tracked import Tracked
 
 
 def multiply(weight: Tracked, x: jax.Array, side: int, params: Mapping[str, Any]) -> jax.Array:
-    """Returns scale · (x A) B for one `dot_general` of x and a weight W.
+    """Returns scale · (x A) B, in the shape of one `dot_general` of x and a weight W.
 
     W has dims that are contracted, batch dims, and others. Of these, stacked ones (`loose`) are
     batch dims of the second product, since A and B both have them:
 
         x [t, e] · W [X, e, f] → [t, X, f]    x A [t, X, r],    (x A) B over X → [X, t, f]
 
-    Args:
-      weight: W.
-      x: the other operand, floating-point.
-      side: which operand W is, 0 or 1.
-      params: of the `dot_general`.
-
-    Returns:
-      An array in the shape of the product of x and W.
+    W is operand `side` (0 or 1) of the product, x is floating-point.
     """
     contracted, batch = params["dimension_numbers"]
     w_in, w_batch = contracted[side], batch[side]
     x_in, x_batch = contracted[1 - side], batch[1 - side]
     free = [dim for dim in range(weight.value.ndim) if dim not in (*w_in, *w_batch)]
-    loose = [dim for dim in free if _is_stacked(weight, dim)]
+    loose = [d for d in free if any(weight.of.dims[label] == "s" for label in weight.dims[d])]
     outputs = [dim for dim in free if dim not in loose]
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     dtype = weight.value.dtype
@@ -52,7 +45,3 @@ def multiply(weight: Tracked, x: jax.Array, side: int, params: Mapping[str, Any]
     of_x = list(range(num_batch + len(loose), own))
     of_w = [at[dim] for dim in free]
     return out.transpose(*range(num_batch), *(of_w + of_x if side == 0 else of_x + of_w))
-
-
-def _is_stacked(weight: Tracked, dim: int) -> bool:
-    return any(weight.of.dims[label] == "s" for label in weight.dims[dim])

@@ -25,15 +25,10 @@ Evaluate = Callable[[core.ClosedJaxpr, list[Any], jax.Array | None], Sequence[An
 
 @dataclasses.dataclass(frozen=True)
 class WeightForm:
-    """A form of weights that takes the place of arrays.
+    """A form of weights that takes the place of arrays."""
 
-    Attributes:
-      is_weight: whether a node of a pytree is such a weight.
-      floats: the array that it stands for, abstract or not.
-    """
-
-    is_weight: Callable[[Any], bool]
-    floats: Callable[[Any], Any]
+    is_weight: Callable[[Any], bool]  # whether a node of a pytree is such a weight
+    floats: Callable[[Any], Any]  # the array that it stands for, abstract or not
 
 
 def call_again(
@@ -43,17 +38,10 @@ def call_again(
     evaluate: Evaluate,
     key: jax.Array | None = None,
 ) -> list[Any]:
-    """Makes the call with functions that take the new weights.
+    """Makes a call, as it was traced, with functions that take the new weights; returns its arrays.
 
-    Args:
-      call: as it was traced.
-      operands: values of its operands.
-      form: of the weights among them.
-      evaluate: computes each of the model's functions.
-      key: given to those functions that take one, where the model gives them None.
-
-    Returns:
-      The arrays that the call returns.
+    `evaluate` computes each of the model's functions; `key` is for those that take one, where the
+    model gives them None.
     """
     closed, args, kwargs = call.split(operands)
     hidden = key is not None and kwargs.get("key", key) is None

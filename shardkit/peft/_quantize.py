@@ -97,7 +97,7 @@ class QuantizedModel:
         if not isinstance(params, Mapping) or SCALES not in params:
             why = f"has no {SCALES!r}, which belong to codes"
             fix = "the state.params of a step whose init is this one's"
-            raise_all(StepError, "Parameters are not quantized.", [Problem("params", why, fix)])
+            raise StepError.of("Parameters are not quantized.", "params", why, fix)
         return _map_codes(self.quantized, params, lambda x: x.of.dequantize(x.codes, x.scales))
 
 
@@ -149,7 +149,7 @@ def quantize(
         found = f"have a key {SCALES!r}" if type(named) is dict else f"are a {type(named).__name__}"
         why = f"{found}; scales are kept beside them, in a dict under {SCALES!r}"
         fix = 'init=lambda key: {"model": init(key)}, and a loss of params["model"]'
-        raise_all(StepError, _HEADLINE, [Problem("the parameters", why, fix)])
+        raise StepError.of(_HEADLINE, "the parameters", why, fix)
     quantized = _choose(kinds, list_named_leaves(named))
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     frozen = frozenset(one.leaf.path for one in quantized)
@@ -225,12 +225,10 @@ def _call(
     *model_state: Any,
 ) -> Any:
     weights = _map_codes(quantized, params, lambda x: x)
-    shapes = _map_codes(quantized, params, _abstract)
+    shapes = _map_codes(
+        quantized, params, lambda x: jax.eval_shape(x.of.dequantize, x.codes, x.scales)
+    )
     return call_with_codes(loss, (shapes, batch, key, *model_state), weights)
-
-
-def _abstract(x: Codes) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(x.of.dequantize, x.codes, x.scales)
 
 
 def _map_codes(

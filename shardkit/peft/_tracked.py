@@ -24,21 +24,14 @@ Dims = tuple[frozenset[int], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """A weight in a traced loss.
+    """A weight in a traced loss."""
 
-    Attributes:
-      value: the weight, in the form that the loss has brought it to.
-      a: [*dims of value or 1, rank]; None while only the dims of a weight are looked for.
-      b: the same.
-      dims: for each dim of `value` the dims of the parameter that it came from.
-      of: the parameter.
-    """
-
-    value: Any
-    a: Any
-    b: Any
+    value: Any  # the weight, in the form that the loss has brought it to
+    a: Any  # [*dims of value or 1, rank]; None while only the dims of a weight are looked for
+    b: Any  # the same
+    # for each dim of `value` the dims of the parameter that it came from
     dims: Dims = dataclasses.field(metadata={"static": True})
-    of: AdaptedLeaf = dataclasses.field(metadata={"static": True})
+    of: AdaptedLeaf = dataclasses.field(metadata={"static": True})  # the parameter
 
     @classmethod
     def start(cls, of: AdaptedLeaf, value: jax.Array, factors: Any) -> "Tracked":
@@ -165,25 +158,11 @@ def _dynamic_slice(w: Tracked, params: Mapping[str, Any], rest: list[Any], value
     return w.moved(value, w.dims, move)
 
 
+_KEEPING = """all_gather convert_element_type copy copy_p name pcast pvary sharding_constraint
+    shardkit_constrain shardkit_record shardkit_use_param shardkit_vary""".split()
 # What may happen to a weight before it is multiplied. All of it is linear.
 MOVES: Mapping[str, Move] = {
-    **dict.fromkeys(
-        (
-            "all_gather",
-            "convert_element_type",
-            "copy",
-            "copy_p",
-            "name",
-            "pcast",
-            "pvary",
-            "sharding_constraint",
-            "shardkit_constrain",
-            "shardkit_record",
-            "shardkit_use_param",
-            "shardkit_vary",
-        ),
-        _keep,
-    ),
+    **dict.fromkeys(_KEEPING, _keep),
     "stop_gradient": _stop,
     "transpose": _transpose,
     "squeeze": _squeeze,

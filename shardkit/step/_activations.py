@@ -21,27 +21,19 @@ Names = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Constraint(Leaf):
-    """One call of `sk.nn.constrain`, as a leaf whose path is the call.
+    """One call of `sk.nn.constrain`, as a leaf whose path is the call."""
 
-    Attributes:
-      inside: mesh axes that are manual around the call; along them the shape is one device's.
-    """
-
+    # mesh axes that are manual around the call; along them the shape is one device's
     inside: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Resolves the logical axes of `sk.nn.constrain`, for one step.
-
-    Attributes:
-      mesh: the device mesh.
-      rules: logical axes → mesh axes; None if the strategy has no such table.
-      shard_axes: mesh axes that separate gradient shards, and so split nothing inside of one.
-    """
+    """Resolves the logical axes of `sk.nn.constrain`, for one step."""
 
     mesh: Mesh
-    rules: AxisRules | None
+    rules: AxisRules | None  # logical axes → mesh axes; None if the strategy has no such table
+    # mesh axes that separate gradient shards, and so split nothing inside of one
     shard_axes: tuple[str, ...]
 
     def __call__(
@@ -55,9 +47,7 @@ class Activations:
     def spec(self, names: Names, inside: tuple[str, ...] = ()) -> PartitionSpec:
         """Returns the spec of named dims; dims that a `jax.vmap` added are unconstrained.
 
-        Args:
-          names: one logical name per dim.
-          inside: mesh axes that are manual around it, and so split nothing.
+        Mesh axes `inside` are manual around it, and so split nothing.
         """
         inside = (*inside, *self.shard_axes) if GRADIENT_SHARDS in names else inside
         entries: list[Any] = []
@@ -84,12 +74,7 @@ class Activations:
             yield
 
     def check(self, jaxpr: core.ClosedJaxpr) -> None:
-        """Checks every constraint of a traced step before it is lowered.
-
-        Raises:
-          ShardingError: with every constraint that names an unknown logical axis or cannot be
-            met, once each.
-        """
+        """Raises ShardingError with every constraint of a traced step that cannot be met."""
         unique = dict.fromkeys(constraints(jaxpr.jaxpr))
         problems = [p for leaf in unique for p in dict.fromkeys(self._problems(leaf))]
         problems += dict.fromkeys(constraint_problems(jaxpr.jaxpr, self.mesh))
@@ -125,16 +110,11 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class SpecsInLoss:
-    """Resolves the logical axes of activations as the loss sees them.
-
-    Attributes:
-      activations: resolves names.
-      per_shard: whether the loss sees one gradient shard, without the dim over the shards.
-      renamed: `(conventional, the model's)` logical names, as `Strategy.names`.
-    """
+    """Resolves the logical axes of activations as the loss sees them."""
 
     activations: Activations
-    per_shard: bool
+    per_shard: bool  # whether the loss sees one gradient shard, without the dim over the shards
+    # `(conventional, the model's)` logical names, as `Strategy.names`
     renamed: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, names: Names) -> PartitionSpec:

@@ -41,10 +41,8 @@ def around_init(mesh: Mesh) -> Iterator[None]:
     """Traces `init` with a mesh around, for constraints by a bare spec.
 
     `Strategy.params` lays the parameters out, so the names that flax gives them constrain nothing:
-    linen and nnx look for `jax.set_mesh` before they apply them.
-
-    Raises:
-      ShardingError: JAX refuses a constraint of the model.
+    linen and nnx look for `jax.set_mesh` before they apply them. Raises ShardingError for a
+    constraint that JAX refuses.
     """
     with _legacy_mesh(mesh), jax.set_mesh(_NO_MESH), _flax_rules(()), _lazy_nnx():
         with explain_refused_constraints(mesh):
@@ -56,12 +54,9 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
     """Traces a loss with a mesh and activation rules around.
 
     The mesh is that of `jax.set_mesh` and of `with mesh:`, which do not see each other, and the
-    rules are those of flax's logical names.
-
-    Raises:
-      ShardingError: JAX refuses a constraint of the model or a `shard_map` of its own; a logical
-        constraint of flax has a name that the rules do not list; or the loss imports flax, which
-        is too late to give it rules.
+    rules are those of flax's logical names. Raises ShardingError if JAX refuses a constraint of the
+    model or a `shard_map` of its own; if the rules do not list a name of flax's; or if the loss
+    imports flax, which is too late to give it rules.
     """
     has_flax = _FLAX in sys.modules
     flax = _flax_rules(_FlaxRules(((rules, mesh),)))
@@ -173,4 +168,4 @@ def _refuse_name(name: str, rules: AxisRules | None, mesh: Mesh) -> NoReturn:
         why += did_you_mean(name, [known for known, _ in rules.table])
         fix = f"strategy.with_names(activations={{{name!r}: None}}), or a mesh axis"
     headline = f"A logical constraint cannot be met on mesh {format_mesh(mesh.shape)}."
-    raise ShardingError(format_problems(headline, [Problem(subject, why, fix)]))
+    raise ShardingError.of(headline, subject, why, fix)

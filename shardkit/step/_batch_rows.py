@@ -30,19 +30,12 @@ RowDimTable = Mapping[str, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class BatchRows:
-    """The rows of a batch.
+    """The rows of a batch."""
 
-    Attributes:
-      dims: the dim of each leaf that counts rows, in JAX's order.
-      number: rows of the global batch; 0 where no leaf has any, or that is unclear.
-      axes: mesh axes that split them.
-      problem: why they cannot be split further, or None.
-    """
-
-    dims: RowDims
-    number: int
-    axes: tuple[str, ...]
-    problem: Problem | None = None
+    dims: RowDims  # the dim of each leaf that counts rows, in JAX's order
+    number: int  # rows of the global batch; 0 where no leaf has any, or that is unclear
+    axes: tuple[str, ...]  # mesh axes that split them
+    problem: Problem | None = None  # why they cannot be split further, or None
 
     @classmethod
     def of(

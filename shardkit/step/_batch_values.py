@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._core.errors import Problem, StateError, first_line, raise_all
+from .._core.errors import Problem, StateError, first_line
 from .._core.train_state import TrainState
 from .._core.tree import flatten_tree, is_numeric, leaves_by_path, short_type
 from .._core.types import Batch
@@ -20,17 +20,13 @@ _ORDER = "step(state, batch), with state = step.init(jax.random.key(0))"
 
 
 def check_order(state: Any, batch: Any) -> None:
-    """Checks that a step is called with a state and then a batch.
-
-    Raises:
-      StateError: the arguments are swapped, or the state is something else.
-    """
+    """Raises StateError if a step is not called with a state and then a batch."""
     is_swapped = isinstance(batch, TrainState)
     if isinstance(state, TrainState) and not is_swapped:
         return
     why = f"is of type {type(state).__name__}, not a train state"
     why += "; the batch is one: are they swapped?" if is_swapped else ""
-    raise_all(StateError, "A step takes a state and a batch.", [Problem("state", why)], _ORDER)
+    raise StateError.of("A step takes a state and a batch.", "state", why, _ORDER)
 
 
 def to_arrays(batch: Batch) -> Batch:
@@ -59,9 +55,8 @@ def declaration_problems(batch: Batch) -> Iterator[Problem]:
         elif problem := _value_problem(path, x):
             yield problem
         elif isinstance(x, int | float | complex) and not isinstance(x, np.generic):
-            yield Problem(
-                path, f"is of type {type(x).__name__}, not an array", "numpy.asarray(...)"
-            )
+            why = f"is of type {type(x).__name__}, not an array"
+            yield Problem(path, why, "numpy.asarray(...)")
 
 
 def list_problem(path: str, x: Any) -> Problem:

@@ -33,25 +33,17 @@ LeafTypes = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
 class BatchVariants:
-    """The declared batch variant and the `KEPT` others that were used last.
-
-    Attributes:
-      declared: the variant of `spec.batch`.
-      changes: how each other compiled variant differs from it, as text.
-    """
+    """The declared batch variant and the `KEPT` others that were used last."""
 
     def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared variant."""
         self.declared = CompiledFunctions(bound)
         self._bound = bound
         self._others: dict[LeafTypes, CompiledFunctions] = {}  # least recently used first
-        self.changes: list[str] = []
+        self.changes: list[str] = []  # how each other compiled variant differs, as text
 
     def find(self, batch: Batch) -> CompiledFunctions:
-        """Returns the variant of a batch, compiled on first use.
-
-        For an invalid batch that is the declared one, whose checks raise the error.
-        """
+        """Returns a batch's variant, compiled on first use; the declared one if it is invalid."""
         leaves, structure = flatten_tree(batch, "batch")
         declared, declared_structure = jax.tree.flatten(self.declared.layout.batch)
         if structure != declared_structure or all(map(_has_type, leaves, declared)):
@@ -61,9 +53,7 @@ class BatchVariants:
             self._others[types] = self._others.pop(types)
             return self._others[types]
         changes = list(_list_changes(self.declared.layout.batch, types))
-        same_ranks = all(
-            len(shape) == a.ndim for (shape, _), a in zip(types, declared, strict=True)
-        )
+        same_ranks = [len(shape) for shape, _ in types] == [a.ndim for a in declared]
         allowed = self._bound.spec.on_retrace == "warn" and jax.process_count() == 1
         if not changes or not same_ranks or not allowed:
             return self.declared
@@ -100,11 +90,8 @@ class BatchVariants:
         return variant
 
 
-def _has_type(x: Any, abstract: jax.ShapeDtypeStruct) -> bool:
-    return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (
-        abstract.shape,
-        abstract.dtype,
-    )
+def _has_type(x: Any, like: jax.ShapeDtypeStruct) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (like.shape, like.dtype)
 
 
 def _leaf_type(x: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -116,7 +103,5 @@ def _list_changes(declared: Batch, types: LeafTypes) -> Iterator[Problem]:
     for (path, a), (shape, dtype) in zip(by_path, types, strict=True):
         changed = ["shape"] * (a.shape != shape) + ["dtype"] * (a.dtype != dtype)
         if changed:
-            why = f"changed its {' and '.join(changed)}: declared as "
-            yield Problem(
-                path, f"{why}{short_type(a.shape, a.dtype)}, is {short_type(shape, dtype)}"
-            )
+            change = f"{short_type(a.shape, a.dtype)}, is {short_type(shape, dtype)}"
+            yield Problem(path, f"changed its {' and '.join(changed)}: declared as {change}")

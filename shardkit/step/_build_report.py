@@ -52,12 +52,7 @@ def build_report(
 ) -> Report:
     """Reads the training step of a spec; see `CompiledStep.report`.
 
-    Args:
-      bound: the spec and its mesh.
-      functions: the compiled step.
-      retraced: how each other compiled batch variant differs, as text.
-      chip: the chip whose time is modelled.
-      try_fixes: compile the alternatives that findings name.
+    `retraced` says how each other compiled batch variant differs.
     """
     compiled = functions.train
     program = build_program(bound, functions.layout, compiled, retraced)

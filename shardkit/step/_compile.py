@@ -32,23 +32,17 @@ _CACHE_SETTING = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A compiled function, with the facts of its compilation.
+    """A compiled function, with the facts of its compilation."""
 
-    Attributes:
-      compiled: the executable.
-      jaxpr: the traced function.
-      from_cache: whether the executable comes from JAX's persistent cache, or from a saved step.
-      seconds: wall time of (trace, lower, compile).
-      digest: SHA-256 of the lowered program, 64 hexadecimal digits, by which several processes
-        check that they run the same one; "" with a single process.
-      kept_as: name under which a saved step or a folder keeps the executable; "" without either.
-    """
-
-    compiled: jax.stages.Compiled
-    jaxpr: core.ClosedJaxpr
+    compiled: jax.stages.Compiled  # the executable
+    jaxpr: core.ClosedJaxpr  # the traced function
+    # whether the executable comes from JAX's persistent cache, or from a saved step
     from_cache: bool
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, float, float]  # wall time of (trace, lower, compile)
+    # SHA-256 of the lowered program, 64 hexadecimal digits, by which several processes check that
+    # they run the same one; "" with a single process
     digest: str
+    # name under which a saved step or a folder keeps the executable; "" without either
     kept_as: str
     _read_messages: Callable[[], str]
     _compute_name: Callable[[], str]
@@ -87,35 +81,21 @@ def compile_program(
     saved: SavedPrograms | ProgramCache | None = None,
     on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledProgram:
-    """Traces, checks, lowers and compiles a function for abstract arguments.
+    """Traces, checks, lowers and compiles a new function, since JAX caches traces by identity.
 
-    Args:
-      run: a new function, since JAX caches traces by identity.
-      args: pytrees of `jax.ShapeDtypeStruct`.
-      in_shardings: `NamedSharding`s of the arguments.
-      out_shardings: `NamedSharding`s of the results.
-      surroundings: enters the mesh and the rules that the function is traced and lowered under.
-      check: called with the jaxpr before it is lowered; raises the problems that it finds.
-      donate: positions of the arguments whose buffers the results may reuse.
-      options: XLA options by name.
-      saved: where the executable may be found instead of compiled.
-      on_miscompiled: `"error"` refuses a program that the partitioner got wrong.
-
-    Raises:
-      StepError: the compiler rejects an option or runs out of memory, or the program would
-        deadlock or compute wrong numbers.
+    Arguments are abstract; those at `donate` lend their buffers to the results. `surroundings`
+    enters the mesh and the rules that the function is traced and lowered under; `check` gets the
+    jaxpr before it is lowered, and raises the problems that it finds. The executable may be found
+    in `saved` instead of compiled. Raises StepError if the compiler rejects an option or runs out
+    of memory, or the program would deadlock or (unless `on_miscompiled="report"`) compute wrong
+    numbers.
     """
 
     def trace(function: Callable[..., Any]) -> jax.stages.Traced:
-        return jax.jit(
-            function,
-            in_shardings=in_shardings,
-            out_shardings=out_shardings,
-            donate_argnums=donate,
-            keep_unused=True,
-        ).trace(*args)
+        shardings = {"in_shardings": in_shardings, "out_shardings": out_shardings}
+        return jax.jit(function, **shardings, donate_argnums=donate, keep_unused=True).trace(*args)
 
-    options = dict(options) if options else None
+    mesh, options = jax.tree.leaves(in_shardings)[0].mesh, dict(options) if options else None
     start = time.perf_counter()
     with surroundings():
         traced = trace(run)
@@ -123,7 +103,7 @@ def compile_program(
         at_trace = time.perf_counter()
         lowered = traced.lower()
         at_lower = time.perf_counter()
-        compute_name = functools.partial(name_program, lowered, options or {}, _mesh(in_shardings))
+        compute_name = functools.partial(name_program, lowered, options or {}, mesh)
         name = compute_name() if saved else ""
         found = saved.load(name, lowered) if saved else None
         with (
@@ -134,7 +114,10 @@ def compile_program(
         ):
             compiled = found[0] if found else lowered.compile(compiler_options=options)
     end = time.perf_counter()
-    _check_compiled(compiled, in_shardings, (args, traced.out_info), on_miscompiled)
+    check_deadlocks(compiled, mesh)
+    check_transforms(compiled, mesh)
+    if on_miscompiled == "error":
+        check_miscompiled(compiled, args, traced.out_info, mesh)
     if saved and not found and not hits:
         saved.store(name, compiled, messages.text)
 
@@ -179,37 +162,15 @@ def _replay(traced: jax.stages.Traced) -> Callable[..., Any]:
     return replay
 
 
-def _check_compiled(
-    compiled: jax.stages.Compiled,
-    in_shardings: PyTree,
-    abstract: tuple[PyTree, PyTree],
-    on_miscompiled: OnMiscompiled,
-) -> None:
-    mesh = _mesh(in_shardings)
-    check_deadlocks(compiled, mesh)
-    check_transforms(compiled, mesh)
-    if on_miscompiled == "error":
-        args, results = abstract
-        check_miscompiled(compiled, args, results, mesh)
-
-
-def _mesh(shardings: PyTree) -> Mesh:
-    return jax.tree.leaves(shardings)[0].mesh
-
-
 def _digest(lowered: jax.stages.Lowered) -> str:
     # Printing a large program takes as long as lowering it, so a single process does not.
-    text = lowered.as_text() if jax.process_count() > 1 else ""
-    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+    several = jax.process_count() > 1
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest() if several else ""
 
 
 @contextlib.contextmanager
 def _explain_unknown_options(options: Mapping[str, Any]) -> Iterator[None]:
-    """Turns the compiler's error about an unknown option into one of `compiler_options`.
-
-    Raises:
-      StepError: naming the option.
-    """
+    """Turns the compiler's error about an unknown option into a StepError of `compiler_options`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -227,9 +188,6 @@ def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> It
     """Adds the bytes of the arguments to a compiler's error that the program is too large.
 
     Some compilers reject a program that is larger than the device; then there is no report.
-
-    Raises:
-      StepError: with the compiler's figures beside the bytes of the arguments.
     """
     try:
         yield
@@ -249,8 +207,7 @@ def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> It
             'accumulate=2 for half the rows at a time, remat="full" for fewer residuals, or a mesh '
             "and specs that split more: shardkit plan CONFIG --target T lists what fits"
         )
-        problems = [Problem(subject, why)]
-        raise_all(StepError, "The program does not fit on its devices.", problems, fix)
+        raise StepError.of("The program does not fit on its devices.", subject, why, fix) from error
 
 
 @contextlib.contextmanager

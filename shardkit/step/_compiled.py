@@ -209,11 +209,7 @@ class CompiledStep:
         return join_parts(jax.device_get(parts))
 
     def _evaluate_as_variant(self, state: TrainState, batch: Batch, problem: str) -> Metrics:
-        """Evaluates a batch of fewer rows by a program of its own, where there can be one.
-
-        Raises:
-          BatchError: there cannot.
-        """
+        """Evaluates fewer rows by a program of their own; BatchError if there can be none."""
         if self._variants.find(batch) is self._variants.declared:
             raise BatchError(problem)
         return self._run(lambda functions: functions.evaluate, state, batch)[0]

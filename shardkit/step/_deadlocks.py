@@ -16,15 +16,7 @@ from ..rules import format_mesh
 
 
 def check_deadlocks(compiled: jax.stages.Compiled, mesh: Mesh) -> None:
-    """Raises an error if some devices of an executable would wait for the others forever.
-
-    Args:
-      compiled: the executable.
-      mesh: the device mesh.
-
-    Raises:
-      StepError: naming the scope and the operation of each such permute.
-    """
+    """Raises StepError, with scope and operation, for permutes whose devices would wait forever."""
     if mesh.devices.flat[0].platform != "cpu" or not is_divergent(text := compiled.as_text() or ""):
         return
     ledger = read_ledger(text, tuple(mesh.shape.items()))

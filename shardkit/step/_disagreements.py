@@ -33,16 +33,10 @@ _DROPPING = ("reduce_", "argm")
 def find_disagreeing(
     jaxpr: core.Jaxpr, declared: Sequence[Declared], suspects: Iterable[Hashable]
 ) -> dict[Hashable, frozenset[str]]:
-    """The mesh axes over which one declaration alone disagrees with the others.
+    """The mesh axes over which one of the suspects alone disagrees with the other declarations.
 
-    Args:
-      jaxpr: the traced step.
-      declared: layouts of its variables, at any depth.
-      suspects: declarations that may be the misplaced ones.
-
-    Returns:
-      For each suspect the axes on which there is no conflict without it, and which have no other
-      suspect of which this is true.
+    For each suspect those on which there is no conflict without it, and which have no other suspect
+    of which this is true. Declarations are layouts of the program's variables, at any depth.
     """
     classes = _Classes(jaxpr)
     split: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
@@ -80,18 +74,14 @@ def _agree_without(who: Hashable, conflicts: Sequence[Sides], suspects: set[Hash
 
 
 class _Classes:
-    """Classes of the dims of a program's variables, by union of what operations pass on.
-
-    Attributes:
-      pairs: two classes that are dims of one array.
-    """
+    """Classes of the dims of a program's variables, by union of what operations pass on."""
 
     def __init__(self, jaxpr: core.Jaxpr) -> None:
         self._parents: list[int] = []
         self._numbers: dict[tuple[int, int], int] = {}
         self._arrays: list[tuple[int, ...]] = []
         self._follow(jaxpr)
-        self.pairs = {
+        self.pairs = {  # two classes that are dims of one array
             pair
             for array in self._arrays
             for pair in itertools.combinations({self._root(n) for n in array}, 2)

@@ -21,15 +21,7 @@ _LAYOUT = re.compile(r"\{([\d,]+)")
 
 
 def check_transforms(compiled: jax.stages.Compiled, mesh: Mesh) -> None:
-    """Raises an error if an executable has a transform that its devices would fail on.
-
-    Args:
-      compiled: the executable.
-      mesh: the device mesh.
-
-    Raises:
-      StepError: naming each such transform, with the line of the user's code.
-    """
+    """Raises StepError, with the user's lines, for transforms that devices would fail on."""
     if mesh.devices.flat[0].platform != "cpu" or " fft(" not in (text := compiled.as_text() or ""):
         return
     module = parse(text)

@@ -20,17 +20,11 @@ _HEADLINE = "The given {} are not those of this step."
 
 
 def place_given(given: PyTree, abstract: PyTree, shardings: PyTree, name: str) -> PyTree:
-    """Returns the arrays of a user as leaves of a step's state.
+    """Returns the arrays of a user, by the paths of the declared leaves, as leaves of a state.
 
-    Args:
-      given: numpy arrays or `jax.Array`s in any sharding, by the paths of the declared leaves.
-        Containers may be of another type. Floating-point leaves are cast to the declared dtype.
-      abstract: the declared tree of `jax.ShapeDtypeStruct`.
-      shardings: tree of `NamedSharding`.
-      name: of the tree: `params`.
-
-    Raises:
-      StateError: with every leaf that is missing, not declared, or of another shape or dtype.
+    They are numpy arrays or `jax.Array`s in any sharding; containers may be of another type.
+    Floating-point leaves are cast to the declared dtype. Raises StateError with every leaf that is
+    missing, not declared, or of another shape or dtype; `name` is the tree's: `params`.
     """
     check_not_donated(given, name, f"The given {name} were donated.")
     bare = strip_axes(given)

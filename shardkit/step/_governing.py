@@ -31,17 +31,14 @@ def find_governing_constraints(
     """Returns each constraint of a traced step with the lines before it that it governs.
 
     Those are the element-wise operations that its array comes from, and the operation before these.
-
-    Args:
-      jaxpr: the step.
-      activations: what its logical names mean.
-      placed: its arguments, in their order.
+    `placed` are the step's arguments, in their order.
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
     declared: list[Declared] = [*_declared_leaves(jaxpr, placed)]
-    for line, (_, variable, dims, _) in zip(lines, found, strict=True):
-        declared.append((line, variable, dims))
+    declared += [
+        (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
+    ]
     alone = find_disagreeing(jaxpr, declared, lines)
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
     return [
@@ -106,8 +103,7 @@ def _constrained(
 ) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
     """What a constraint, or a `shard_map` of the user's, says of arrays.
 
-    Yields:
-      The array before, the array that is laid out so, and the entry of its spec for each dim.
+    Yields the array before, the array that is laid out so, and the entry of its spec for each dim.
     """
     layouts: list[tuple[Any, Any, Any]] = []
     if eqn.primitive is constrain_p and eqn.params["finer"] is None:

@@ -30,13 +30,7 @@ from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
-from ._objective import (
-    LossOutput,
-    Objective,
-    inverse_weight,
-    scale_gradient,
-    value_and_grad,
-)
+from ._objective import LossOutput, Objective, inverse_weight, scale_gradient, value_and_grad
 from ._own_constraints import move_to_shards
 from ._shard_convolutions import on_shards, on_their_devices
 
@@ -47,33 +41,22 @@ OF_MEAN = 1  # the weight of gradients of a mean
 
 
 class TracedLoss(NamedTuple):
-    """A loss of the whole batch, traced.
-
-    Attributes:
-      jaxpr: its program.
-      output: its abstract output.
-      growth: `{"loss" or metric: power of the rows with which it grows}`, where that is not 0.
-    """
+    """A loss of the whole batch, traced."""
 
     jaxpr: core.Jaxpr
     output: LossOutput
+    # `{"loss" or metric: power of the rows with which it grows}`, where that is not 0
     growth: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientPlan:
-    """How the gradients of a step are split and reduced.
+    """How the gradients of a step are split and reduced."""
 
-    Attributes:
-      bound: the spec and its mesh.
-      layout: shardings of state, batch and gradients.
-      traced: the loss; None if the step splits no rows.
-      draws: which random draws of the loss grow with its rows.
-    """
-
-    bound: BoundSpec
-    layout: StepLayout
-    traced: TracedLoss | None = None
+    bound: BoundSpec  # the spec and its mesh
+    layout: StepLayout  # shardings of state, batch and gradients
+    traced: TracedLoss | None = None  # the loss; None if the step splits no rows
+    # which random draws of the loss grow with its rows
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -108,27 +91,21 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
-        compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
+        compute_params = constrain_tree(compute_params, plan.layout.shardings.params)
         partition = plan.layout.partition
         of_trained = partition.of_trained(objective, compute_params)
         args = partition.trained(compute_params), model_state, batch, key
         output, grads = accumulate(of_trained, plan, args)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, partition.trained(params))
-        return output, _constrain_tree(grads, plan.layout.gradients)
+        return output, constrain_tree(grads, plan.layout.gradients)
 
     return run
 
 
 def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> GradientPlan:
-    """Completes a plan by which random draws of the loss grow with its rows.
+    """Completes a plan by which random draws of the loss, of abstract `args`, grow with its rows.
 
-    Args:
-      objective: the loss.
-      plan: without draws.
-      args: abstract arguments of the loss.
-
-    Raises:
-      StepError: the randomness of the loss cannot be split by gradient shard.
+    Raises StepError if the randomness of the loss cannot be split by gradient shard.
     """
     if plan.traced is not None and not list_draws(plan.traced.jaxpr):
         return dataclasses.replace(plan, draws=RandomDraws(plan.num_shards))
@@ -148,8 +125,7 @@ def keep_convolutions(
 ) -> Callable[..., PyTree]:
     """Keeps convolutions of a function of global arrays from what XLA's partitioner gets wrong.
 
-    Raises (while it is traced):
-      StepError: one is where it cannot be kept from the partitioner.
+    Its trace raises StepError for one that is where it cannot be kept from the partitioner.
     """
     return rewrite(run, on_their_devices(bound.mesh, layout.row_axes))
 
@@ -180,12 +156,9 @@ def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
 
 
 def reduce_shards(grads: PyTree, params: Params, dtype: str | None) -> Params:
-    """Sums `[num_shards, *param]` over dim 0: the one gradient reduction of a step.
+    """Sums gradients `[num_shards, *param]` of the mean loss over dim 0: a step's one reduction.
 
-    Args:
-      grads: of the mean loss.
-      params: as they are computed.
-      dtype: of the policy; None sums in the dtype of each of `params`.
+    In `dtype`, that of the policy; if None, in that of each of `params`, as they are computed.
     """
 
     def reduce(x: jax.Array, p: jax.Array) -> jax.Array:
@@ -222,7 +195,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
         output, totals = run_gradient(params, model_state, rows, micro_key)
-        return output, _constrain_tree(totals, plan.layout.gradients)
+        return output, constrain_tree(totals, plan.layout.gradients)
 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
@@ -230,7 +203,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     output, totals = _make_zeros(plan, params)
     start = (
         LossOutput(output.loss, output.metrics, model_state),
-        _constrain_tree(totals, plan.layout.gradients),
+        constrain_tree(totals, plan.layout.gradients),
     )
     (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     return output, divide_by_weight(totals, output.loss.weight)
@@ -305,7 +278,10 @@ def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
     return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
 
 
-def _constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
+def constrain_tree(tree: PyTree, shardings: PyTree | None) -> PyTree:
+    """A tree laid out by `NamedSharding`s, or as it is for None."""
+    if shardings is None:
+        return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 

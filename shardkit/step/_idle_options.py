@@ -18,12 +18,7 @@ _NARROW = ("bfloat16", "float16")
 
 
 def find_idle_options(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[tuple[str, str]]:
-    """Yields what an option does not do, and what to change.
-
-    Args:
-      bound: the spec and its mesh.
-      jaxpr: the traced step.
-    """
+    """Yields what an option does not do in the traced step, and what to change."""
     remat, precision = bound.spec.strategy.remat, bound.spec.precision.compute_dtype
     whole = bool(recorded_facts(jaxpr, WHOLE))
     own = _own_checkpoint(jaxpr) if whole else None
@@ -52,17 +47,13 @@ def find_idle_options(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[tuple[str
 
 def _own_checkpoint(jaxpr: core.Jaxpr) -> Source | None:
     """The line of a `jax.checkpoint` of the model's own; None if it has none."""
-    for eqn in filter(_is_checkpoint, equations(jaxpr)):
-        if not isinstance(eqn.params["policy"], Policy):
+    for eqn in equations(jaxpr):
+        if "prevent_cse" in eqn.params and not isinstance(eqn.params["policy"], Policy):
             # A scan drops the line of the checkpoint itself, not those of what is in it.
             inside = itertools.chain(*map(equations, core.jaxprs_in_params(eqn.params)))
             if source := next(filter(None, map(source_of_equation, (eqn, *inside))), None):
                 return source
     return None
-
-
-def _is_checkpoint(eqn: core.JaxprEqn) -> bool:
-    return "policy" in eqn.params and "prevent_cse" in eqn.params
 
 
 def _count_wide_products(jaxpr: core.Jaxpr) -> tuple[int, int]:

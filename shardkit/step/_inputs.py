@@ -16,14 +16,7 @@ from .._core.train_state import TrainState
 from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch, Key, PyTree
 from ..data import place_rows, process_rows
-from ._batch_values import (
-    check_order,
-    is_array,
-    is_list,
-    list_problem,
-    to_arrays,
-    value_problems,
-)
+from ._batch_values import check_order, is_array, is_list, list_problem, to_arrays, value_problems
 from ._given_leaves import place_given
 from ._layout import RESIDUALS, StepLayout
 
@@ -31,16 +24,10 @@ from ._layout import RESIDUALS, StepLayout
 def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
     """Moves a batch to its declared shardings; leaves that are there already stay.
 
-    Args:
-      batch: pytree of host arrays, uncommitted device arrays or arrays in their declared sharding.
-        With several processes each passes the rows of its own devices, and leaves without rows
-        whole.
-      layout: the declared batch, with global shapes, and its shardings.
-      move: also accept leaves that are committed to other devices or shardings.
-
-    Raises:
-      BatchError: the structure, or the shape, dtype or (without `move`) devices of a leaf differ
-        from the declared ones.
+    Leaves are host arrays, uncommitted device arrays or arrays in their declared sharding; with
+    `move`, also ones committed to other devices or shardings. With several processes each passes
+    the rows of its own devices, and leaves without rows whole. Raises BatchError if the structure,
+    or the shape, dtype or (without `move`) devices of a leaf differ from the declared ones.
     """
     check_not_donated(batch, "batch", "The batch was donated.")
     values, structure = jax.tree_util.tree_flatten(batch)
@@ -57,11 +44,7 @@ def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
 
 
 def take_batch(batch: Batch) -> Batch:
-    """Returns a batch whose leaves are arrays or numbers of Python, as NumPy reads them.
-
-    Raises:
-      BatchError: with every leaf that is neither and that NumPy cannot read.
-    """
+    """Returns a batch of arrays and Python's numbers; BatchError with all NumPy cannot read."""
     if all(map(is_array, flatten_tree(batch, "batch")[0])):
         return batch
     problems = list(value_problems(batch))
@@ -70,14 +53,10 @@ def take_batch(batch: Batch) -> Batch:
 
 
 def take_arguments(state: TrainState, batch: Batch) -> Batch:
-    """Checks the order of a step's arguments and that no buffer of its state was donated.
+    """Returns the batch of a step's arguments, its leaves arrays or numbers of Python.
 
-    Returns:
-      The batch, its leaves arrays or numbers of Python.
-
-    Raises:
-      StateError: the arguments are swapped, or the state was donated.
-      BatchError: a leaf of the batch is not numbers.
+    Raises StateError if they are swapped, or the state was donated; BatchError if a leaf of the
+    batch is not numbers.
     """
     check_order(state, batch)
     check_not_donated(state, "state", "The state was donated.")
@@ -98,8 +77,7 @@ def put_given(
 ) -> dict[str, PyTree]:
     """Returns the fields of a state that a user gives, placed, without residuals of compression.
 
-    Raises:
-      StateError: with every leaf that does not fit.
+    Raises StateError with every leaf that does not fit.
     """
     given: dict[str, PyTree] = {}
     for name, tree in (("params", params), ("model_state", model_state)):
@@ -211,11 +189,7 @@ def _raise_structure(batch: Batch, abstract: Batch) -> None:
 
 
 def check_buffers_distinct(state: TrainState) -> None:
-    """Checks that no two leaves of a state share a buffer, which would be donated twice and crash.
-
-    Raises:
-      StateError: naming each leaf with the one whose buffer it shares.
-    """
+    """Raises StateError for leaves that share a buffer, which would be donated twice and crash."""
     first: dict[tuple[Any, int], str] = {}
     problems = []
     for path, x in leaves_by_path(state, "state").items():
@@ -230,11 +204,7 @@ def check_buffers_distinct(state: TrainState) -> None:
 
 
 def check_state(state: TrainState, abstract: TrainState, shardings: TrainState) -> None:
-    """Compares a state with the one that a step was compiled for.
-
-    Raises:
-      StateError: naming each leaf with both types and specs.
-    """
+    """Raises StateError with each leaf, both types and specs, that a step was not compiled for."""
     got, declared, specs = (leaves_by_path(tree, "state") for tree in (state, abstract, shardings))
     problems = [Problem(p, "is missing") for p in declared if p not in got]
     problems += [Problem(p, "is not part of this step's state") for p in got if p not in declared]

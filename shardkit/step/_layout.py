@@ -53,34 +53,22 @@ AbstractState = tuple[TrainState, dict[str, tuple[str | None, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class StepLayout:
-    """The abstract state and batch of a step, and the sharding of every leaf.
+    """The abstract state and batch of a step, and the sharding of every leaf."""
 
-    Attributes:
-      state: `TrainState` of `jax.ShapeDtypeStruct`.
-      shardings: `TrainState` of `NamedSharding`.
-      batch: pytree of `jax.ShapeDtypeStruct`.
-      batch_shardings: pytree of `NamedSharding`.
-      batch_rows: which dims of the batch count its rows.
-      shard_axes: mesh axes of the rows that separate gradient shards. Along an axis over which rows
-        move between devices inside the loss (tokens to their experts), gradients cannot be kept
-        apart.
-      axes: `{path: logical axes}` of the parameters.
-      gradients: pytree of `NamedSharding` of the gradients that the update receives.
-      update: pytree of `NamedSharding` of the parameters during the update, where it is split
-        further than the parameters; otherwise None.
-      partition: which parameters are trained; `gradients` and `update` have these alone.
-    """
-
-    state: TrainState
-    shardings: TrainState
-    batch: Batch
-    batch_shardings: PyTree
-    batch_rows: BatchRows
+    state: TrainState  # `TrainState` of `jax.ShapeDtypeStruct`
+    shardings: TrainState  # `TrainState` of `NamedSharding`
+    batch: Batch  # pytree of `jax.ShapeDtypeStruct`
+    batch_shardings: PyTree  # pytree of `NamedSharding`
+    batch_rows: BatchRows  # which dims of the batch count its rows
+    # mesh axes of the rows that separate gradient shards. Along an axis over which rows move
+    # between devices inside the loss (tokens to their experts), gradients cannot be kept apart.
     shard_axes: tuple[str, ...]
-    axes: Mapping[str, tuple[str | None, ...]]
-    gradients: PyTree
+    axes: Mapping[str, tuple[str | None, ...]]  # `{path: logical axes}` of the parameters
+    gradients: PyTree  # pytree of `NamedSharding` of the gradients that the update receives
+    # pytree of `NamedSharding` of the parameters during the update, where it is split further than
+    # the parameters; otherwise None
     update: PyTree | None
-    partition: Partition
+    partition: Partition  # which parameters are trained; `gradients` and `update` have these alone
 
     @property
     def trained_shardings(self) -> PyTree:
@@ -139,9 +127,8 @@ class StepLayout:
 def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Key], TrainState]:
     """Builds `key → TrainState` with `opt_state=None`.
 
-    Args:
-      spec: the step.
-      residual_copies: devices that keep residuals of gradient compression; 0 for none.
+    `residual_copies` is the number of devices that keep residuals of gradient compression, 0 for
+    none.
     """
 
     def run(key: Key) -> TrainState:
@@ -217,18 +204,12 @@ def resolve_layout(
     micro_batches: int | None = None,
     abstract: AbstractState | None = None,
 ) -> StepLayout:
-    """Resolves every rule of a strategy on a mesh.
+    """Resolves every rule of a strategy, by default the spec's own, on a mesh.
 
-    Args:
-      spec: the step.
-      mesh: the device mesh.
-      strategy: replaces that of the spec.
-      micro_batches: replaces that of the spec; it must divide the rows.
-      abstract: result of `abstract_state`, to resolve many meshes from one trace of `init`.
-
-    Raises:
-      ShardingError: the strategies do not fit each other or the mesh; or with every leaf of
-        parameters, optimizer state, model_state and batch that cannot be laid out.
+    `micro_batches`, else those of the spec, must divide the rows. `abstract`, the result of
+    `abstract_state`, resolves many meshes from one trace of `init`. Raises ShardingError if the
+    strategies do not fit each other or the mesh; or with every leaf of parameters, optimizer state,
+    model_state and batch that cannot be laid out.
     """
     strategy, batch, sizes = strategy or spec.strategy, spec.batch, dict(mesh.shape)
     micro_batches = micro_batches or spec.accumulate.micro_batches

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.errors import StepError
 from .._core.tree import format_bytes
 from ..report import CompiledBytes, Memory, Program, read_memory, suggest_memory_savings
 from ._bound_spec import BoundSpec
@@ -17,10 +17,9 @@ _PARTS = ("params", "opt_state", "model_state", "batch", "temp")
 
 
 def check_memory(bound: BoundSpec, layout: StepLayout, compiled: CompiledProgram) -> None:
-    """Checks that a step fits on its devices, if their memory is known.
+    """Raises StepError, with the bytes of each part, if a step does not fit on its devices.
 
-    Raises:
-      StepError: with the bytes of each part, and what would make it fit.
+    Devices whose memory is not known pass.
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]
@@ -40,10 +39,10 @@ def check_memory(bound: BoundSpec, layout: StepLayout, compiled: CompiledProgram
         f"{part} {format_bytes(size)}" for part in _PARTS if (size := getattr(memory, part))
     )
     why = f"needs {format_bytes(memory.total)} of {format_bytes(limit)}: {parts}"
-    problem = Problem(f"each of {mesh.size} x {device.device_kind}", why)
+    subject = f"each of {mesh.size} x {device.device_kind}"
     savings = suggest_memory_savings(memory, program.leaves, program.sizes, room=limit)
     fix = "; or ".join(savings[:3]) or "more devices"
-    raise_all(StepError, "The step does not fit on its devices.", [problem], fix)
+    raise StepError.of("The step does not fit on its devices.", subject, why, fix)
 
 
 def _memory_limits(memory: Memory, mesh: Mesh) -> Iterator[int]:

@@ -18,16 +18,9 @@ OnMiscompiled = Literal["error", "report"]
 def check_miscompiled(
     compiled: jax.stages.Compiled, args: tuple[PyTree, ...], results: PyTree, mesh: Mesh
 ) -> None:
-    """Raises an error if the partitioner lost the order of devices in an executable.
+    """Raises StepError if the partitioner lost the order of devices in an executable.
 
-    Args:
-      compiled: the executable.
-      args: pytrees of `jax.ShapeDtypeStruct`.
-      results: the same of what it returns.
-      mesh: the device mesh.
-
-    Raises:
-      StepError: naming each operation with the shape and the dim that it gets wrong.
+    It names each operation with the shape and the dim that it gets wrong.
     """
     sizes = tuple(mesh.shape.items())
     if sum(size > 1 for _, size in sizes) < 2:  # a single axis has a single order

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import widen
 from .._core.tree import short_type
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
@@ -27,17 +27,11 @@ _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
-    """One evaluation of a loss on some rows of a batch.
+    """One evaluation of a loss on some rows of a batch."""
 
-    Attributes:
-      loss: `Mean`, f32[] or f64[] each; a plain scalar loss has weight 1.
-      metrics: `{name: Mean}`.
-      model_state: mutable model state after the evaluation.
-    """
-
-    loss: Mean
-    metrics: dict[str, Mean]
-    model_state: PyTree
+    loss: Mean  # `Mean`, f32[] or f64[] each; a plain scalar loss has weight 1
+    metrics: dict[str, Mean]  # `{name: Mean}`
+    model_state: PyTree  # mutable model state after the evaluation
 
 
 # `(params, model_state, batch, key) -> (total, output)`.
@@ -50,11 +44,9 @@ def build_objective(
     """Wraps a user's loss as `(params, model_state, batch, key) -> (total, output)`.
 
     Differentiate `total` (`value_and_grad`) and divide by the summed weight: that is the gradient
-    of the mean, however the rows were split.
-
-    Raises (while it is traced):
-      StepError: the loss is not a scalar or `Mean`, metrics are not a dict of scalars, a metric has
-        a reserved name, or a collective of the loss names an axis that `mesh` does not have.
+    of the mean, however the rows were split. Its trace raises StepError if the loss is not a scalar
+    or `Mean`, metrics are not a dict of scalars, a metric has a reserved name, or a collective of
+    the loss names an axis that `mesh` does not have.
     """
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     call = bind_batch_axes(loss.evaluate if evaluate else loss.train, mesh)
@@ -88,23 +80,15 @@ def value_and_grad(
 ) -> Callable[..., tuple[LossOutput, Params]]:
     """Differentiates an objective: `(params, model_state, batch, key) -> (output, gradients)`.
 
-    Gradients of a sum over many tokens leave the range of float16 where those of their mean do
-    not. So what is differentiated is the total over a power of two near the weight, which costs no
-    rounding, and the gradients are multiplied by it again in f32.
+    Gradients of a sum over many tokens leave the range of float16 where those of their mean do not.
+    So what is differentiated is the total over a power of two near `common(weight)`, equal on all
+    devices that sum gradients within it, which costs no rounding; and the gradients are multiplied
+    by it again, in f32 or wider.
 
-    Where all rows are together, what is differentiated is the mean itself: derivative rules of the
-    user's own that are not linear, as clipping is, get the gradients that they get in plain JAX.
-    Where micro-batches are taken as wholes, these are the gradients of each one's mean.
-
-    Args:
-      objective: from `build_objective`.
-      common: of the weight, what all devices that sum gradients within it divide by.
-      whole: the weight is that of all rows.
-      of_means: what is differentiated is the mean of the rows that it gets, and its gradients are
-        multiplied by the weight: exact but for a rounding.
-
-    Returns:
-      A function whose gradients, in f32 or wider, are those of the total; of the mean if `whole`.
+    Where all rows are together (`whole`), what is differentiated is the mean itself, and gradients
+    are its own: derivative rules of the user's own that are not linear, as clipping is, get the
+    gradients that they get in plain JAX. Where micro-batches are taken as wholes (`of_means`),
+    these are the gradients of each one's mean, multiplied by the weight: exact but for a rounding.
     """
 
     def scaled(*args: Any) -> tuple[Scalar, tuple[LossOutput, Scalar | None]]:
@@ -201,21 +185,18 @@ def _split_output(out: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(out, tuple):
         if len(out) == 2 and isinstance(out[1], Mapping):
             return out[0], out[1]
-        raise StepError(_format_output_error(out, "loss, or (loss, metrics dict)"))
+        raise _output_error(out, "loss, or (loss, metrics dict)")
     return out, {}
 
 
 def _split_stateful_output(out: Any) -> tuple[Any, Mapping[str, Any], Any]:
     if isinstance(out, tuple) and len(out) == 3 and isinstance(out[1], Mapping):
         return out
-    raise StepError(_format_output_error(out, "(loss, metrics dict, model_state)"))
+    raise _output_error(out, "(loss, metrics dict, model_state)")
 
 
-def _format_output_error(out: Any, expected: str) -> str:
+def _output_error(out: Any, expected: str) -> StepError:
     types = [type(x).__name__ for x in out] if isinstance(out, tuple) else [type(out).__name__]
-    problem = Problem("loss_fn", f"returned ({', '.join(types)}); expected {expected}")
-    return format_problems(
-        "The loss does not return what a step can use.",
-        [problem],
-        "return loss, {'accuracy': accuracy}",
-    )
+    why = f"returned ({', '.join(types)}); expected {expected}"
+    fix = "return loss, {'accuracy': accuracy}"
+    return StepError.of("The loss does not return what a step can use.", "loss_fn", why, fix)

@@ -39,12 +39,7 @@ def own_constraints(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def constraint_problems(jaxpr: core.Jaxpr, mesh: Mesh) -> Iterator[Problem]:
-    """What JAX would accept and do otherwise: another mesh, or a dim that does not divide.
-
-    Args:
-      jaxpr: of a traced step.
-      mesh: that it is compiled for.
-    """
+    """What JAX would accept and do otherwise: another mesh, or a dim that does not divide."""
     for eqn in own_constraints(jaxpr):
         sharding, aval = eqn.params["sharding"], cast(Any, eqn.invars[0].aval)
         leaf = Leaf(describe_constraint(eqn)[0], tuple(aval.shape), aval.dtype)
@@ -71,11 +66,7 @@ def describe_constraint(eqn: core.JaxprEqn) -> tuple[str, str]:
 
 
 def move_to_shards(shard_axes: tuple[str, ...]) -> Changes:
-    """Moves the constraints of a function that is mapped over gradient shards.
-
-    Args:
-      shard_axes: mesh axes that separate gradient shards.
-    """
+    """Moves the constraints of a function that is mapped over gradient shards."""
 
     def move(eqn: core.JaxprEqn) -> core.JaxprEqn:
         sharding = eqn.params["sharding"]
@@ -118,14 +109,13 @@ def _without(entry: Any, axes: tuple[str, ...]) -> Any:
     return tuple(axis for axis in axes_of(entry) if axis not in axes) or None
 
 
-def _lower(ctx: Any, x: Any, *, sharding: NamedSharding, **_: Any) -> Any:
-    """Of an array that is the same for all gradient shards, such as a weight."""
-    return mlir.lower_fun(
-        lambda y: jax.lax.with_sharding_constraint(y, sharding), multiple_results=False
-    )(ctx, x)
-
-
 shard_constraint_p.def_impl(lambda x, **_: x)
 shard_constraint_p.def_abstract_eval(lambda x, **_: x)
 batching.primitive_batchers[shard_constraint_p] = _batch
-mlir.register_lowering(shard_constraint_p, _lower)
+mlir.register_lowering(  # of an array that is the same for all gradient shards, such as a weight
+    shard_constraint_p,
+    mlir.lower_fun(
+        lambda x, sharding, **_: jax.lax.with_sharding_constraint(x, sharding),
+        multiple_results=False,
+    ),
+)

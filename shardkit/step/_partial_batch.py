@@ -28,8 +28,7 @@ from ._layout import StepLayout
 def count_partial_rows(batch: Batch, layout: StepLayout) -> int | None:
     """Number of rows of a batch that differs from the declared one in its rows; else None.
 
-    Raises:
-      BatchError: it has more rows than declared, or none.
+    Raises BatchError if it has more rows than declared, or none.
     """
     leaves, structure = flatten_tree(batch, "batch")
     declared, declared_structure = jax.tree.flatten(layout.batch)

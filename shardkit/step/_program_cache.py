@@ -29,23 +29,17 @@ _ABANDONED = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCache:
-    """A folder of executables.
+    """A folder of executables."""
 
-    Attributes:
-      folder: made when something is kept.
-      mesh: devices and axes that the step is compiled for.
-    """
-
-    folder: pathlib.Path
-    mesh: Mesh
+    folder: pathlib.Path  # made when something is kept
+    mesh: Mesh  # devices and axes that the step is compiled for
     _told: set[str] = dataclasses.field(default_factory=set, init=False, compare=False)
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None, mesh: Mesh) -> "ProgramCache | None":
         """The cache in a folder; None, with a warning, where programs cannot be kept.
 
-        Raises:
-          StepError: the folder is a URL, or no path at all.
+        Raises StepError for a URL, or what is no path at all.
         """
         if folder is None:
             return None

@@ -48,12 +48,7 @@ def compiled_tiles(op: Any, devices: int, ndim: int) -> np.ndarray:
 def layout_problems(
     declared: Sequence[tuple[str, jax.ShapeDtypeStruct, NamedSharding]], compiled: Sequence[Any]
 ) -> list[Problem]:
-    """Compares declared shardings with those of an executable, leaf by leaf.
-
-    Args:
-      declared: name, abstract array and sharding of each argument or result, in order.
-      compiled: the executable's `OpSharding`s in the same order.
-    """
+    """Compares declared shardings with those of an executable, leaf by leaf, both in one order."""
     problems = []
     for (name, aval, sharding), op in zip(declared, compiled, strict=True):
         if 0 in aval.shape:  # an empty array has no tiles to hold
@@ -76,13 +71,8 @@ def aliased_arguments(hlo_text: str) -> set[int]:
 def check_executable(compiled: jax.stages.Compiled, layout: StepLayout) -> None:
     """Compares an executable `(state, batch) → (state, metrics)` with the declared layout.
 
-    Args:
-      compiled: the executable, with every argument kept and the state donated.
-      layout: abstract state and batch, and their declared shardings.
-
-    Raises:
-      ShardingError: an argument or result is not laid out as declared, or the new state does not
-        reuse the buffer of a state leaf.
+    It has every argument kept and the state donated. Raises ShardingError if an argument or result
+    is not laid out as declared, or the new state does not reuse the buffer of a state leaf.
     """
     executable = compiled.runtime_executable()
     assert executable is not None

@@ -23,8 +23,7 @@ _AGAIN = " (of "  # in the name of an axis that an earlier logical name has take
 def explain_refused_constraints(mesh: Mesh) -> Iterator[None]:
     """Turns JAX's errors about a constraint or a `shard_map` of the model into a `ShardingError`.
 
-    Raises:
-      ShardingError: with the line of the user's code, what JAX says, and what to write instead.
+    It has the line of the user's code, what JAX says, and what to write instead.
     """
     try:
         yield

@@ -76,20 +76,13 @@ def find_obstacle(mesh: Mesh) -> Problem | None:
         why = "run this step, each an executable of its own"
         return Problem(f"{jax.process_count()} processes", why)
     if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
-        return Problem(
-            f"{mesh.size} CPU devices", "can deadlock in a program that comes from a file"
-        )
+        why = "can deadlock in a program that comes from a file"
+        return Problem(f"{mesh.size} CPU devices", why)
     return None
 
 
 def name_program(lowered: jax.stages.Lowered, options: Mapping[str, Any], mesh: Mesh) -> str:
-    """Returns the name of a lowered program's executable, 64 hexadecimal digits.
-
-    Args:
-      lowered: the program.
-      options: of the compiler.
-      mesh: its devices.
-    """
+    """Returns the name of a lowered program's executable, 64 hexadecimal digits."""
     compiled_from = [lowered.as_text(), sorted((k, repr(v)) for k, v in options.items())]
     compiled_from.append(sorted(describe_environment(mesh).items()))
     return hashlib.sha256(json.dumps(compiled_from).encode()).hexdigest()
@@ -97,19 +90,12 @@ def name_program(lowered: jax.stages.Lowered, options: Mapping[str, Any], mesh: 
 
 @dataclasses.dataclass(frozen=True)
 class SavedPrograms:
-    """The executables of one file.
-
-    Attributes:
-      path: the file.
-      mesh: devices and axes that they were compiled for.
-      environment: what they were compiled in; see `describe_environment`.
-      names: of the executables.
-    """
+    """The executables of one file."""
 
     path: pathlib.Path
-    mesh: Mesh
-    environment: Mapping[str, str]
-    names: frozenset[str]
+    mesh: Mesh  # devices and axes that they were compiled for
+    environment: Mapping[str, str]  # what they were compiled in; see `describe_environment`
+    names: frozenset[str]  # of the executables
 
     def load(
         self, name: str, lowered: jax.stages.Lowered
@@ -136,9 +122,8 @@ def read_program(
 ) -> tuple[jax.stages.Compiled, str]:
     """Reads an executable of a file, and what its compiler printed.
 
-    Raises:
-      OSError: the file cannot be read.
-      Exception: of any type, for a file that is damaged or that another program wrote.
+    Raises OSError if the file cannot be read, and an Exception of any type for one that is damaged
+    or that another program wrote.
     """
     with _open_zip(path) as file:
         program, log = file.read(f"{name}.program"), file.read(f"{name}.log")
@@ -162,7 +147,7 @@ def _same_types(a: PyTree, b: PyTree) -> bool:
     return a == b
 
 
-_UNSAVED = "The step cannot be saved."
+_UNSAVED, _UNLOADED = "The step cannot be saved.", "The saved step cannot be loaded."
 
 
 def save_programs(
@@ -170,23 +155,17 @@ def save_programs(
     programs: Mapping[str, tuple[jax.stages.Compiled, str]],
     mesh: Mesh,
 ) -> None:
-    """Writes executables into one file, which appears whole or not at all.
+    """Writes executables, each with what its compiler printed, into one file, whole or not at all.
 
-    Args:
-      path: the file; its folder must exist.
-      programs: name → (executable, what its compiler printed).
-      mesh: their devices.
-
-    Raises:
-      StepError: the file cannot be written; the step calls Python, which no file holds; or several
-        processes run the step, each of which would
-        need a file of its own.
+    Its folder must exist. Raises StepError if the file cannot be written; the step calls Python,
+    which no file holds; or several processes run the step, each of which would need a file of its
+    own.
     """
     target = local_path(path, StepError, _UNSAVED)
     if jax.process_count() > 1:
         why = f"{jax.process_count()} processes run this step, each an executable of its own"
         fix = "jax.config.update('jax_compilation_cache_dir', ...) keeps those of all processes"
-        raise StepError(format_problems(_UNSAVED, [Problem(str(target), why)], fix))
+        raise StepError.of(_UNSAVED, str(target), why, fix)
     header = {
         "schema": _SCHEMA,
         "version": _VERSION,
@@ -215,22 +194,16 @@ def _serialize(compiled: jax.stages.Compiled) -> bytes:
         why = f"cannot be written: {first_line(error)}"
         fix = "a loss without jax.debug.print and callbacks, which call Python of this process; "
         fix += "or a backend of JAX that can write its executables"
-        problem = Problem("the program", why)
-        raise StepError(format_problems(_UNSAVED, [problem], fix)) from error
+        raise StepError.of(_UNSAVED, "the program", why, fix) from error
 
 
 def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedPrograms:
-    """Opens a file of executables.
+    """Opens a file of executables for a mesh; None for the axes and devices of the file.
 
-    Args:
-      path: the file.
-      mesh: the mesh to run on; None for the axes and devices of the file.
-
-    Raises:
-      StepError: there is no such file, or it cannot be read and no mesh is given, or its devices
-        are not here.
+    Raises StepError if there is no such file, or it cannot be read and no mesh is given, or its
+    devices are not here.
     """
-    path = local_path(path, StepError, "The saved step cannot be loaded.")
+    path = local_path(path, StepError, _UNLOADED)
     try:
         with _open_zip(path) as file:
             header = json.loads(file.read(_HEADER))
@@ -244,13 +217,10 @@ def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedProgr
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
         why = "does not exist" if missing else f"is not a saved step: {first_line(error)}"
-        problem = Problem(str(path), why)
         if mesh is None or missing:
             fix = f"step.save({str(path)!r}); or pass mesh=, which compiles the step anew"
-            raise StepError(
-                format_problems("The saved step cannot be loaded.", [problem], fix)
-            ) from None
-        warn_stale(path, [problem])
+            raise StepError.of(_UNLOADED, str(path), why, fix) from None
+        warn_stale(path, [Problem(str(path), why)])
         return SavedPrograms(path, mesh, {}, frozenset())
     return SavedPrograms(path, saved_mesh, environment, names)
 
@@ -266,8 +236,7 @@ def _build_mesh(path: pathlib.Path, header: Mapping[str, Any]) -> Mesh:
     if lacking := [n for n in numbers if n not in here]:
         why = f"needs {platform_name} devices {lacking}; this process has {sorted(here)}"
         fix = f"sk.simulate_devices({len(numbers)}) before JAX starts; or pass mesh="
-        problem = Problem(str(path), why)
-        raise StepError(format_problems("The saved step cannot be loaded.", [problem], fix))
+        raise StepError.of(_UNLOADED, str(path), why, fix)
     devices = np.array([here[n] for n in numbers]).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
@@ -284,13 +253,9 @@ def list_differences(saved: SavedPrograms) -> Iterator[Problem]:
 def warn_stale(
     path: pathlib.Path, problems: Sequence[Problem], *, fix: str = "", stacklevel: int = 4
 ) -> None:
-    """Warns that executables of a file are not used.
+    """Warns that executables of a file are not used; the fix is, by default, to save again.
 
-    Args:
-      path: the file.
-      problems: why.
-      fix: what helps, by default to save the step again.
-      stacklevel: of the user's call, counted from here: 4 below `open_programs`.
+    `stacklevel` is of the user's call, counted from here: 4 below `open_programs`.
     """
     fix = fix or f"step.save({str(path)!r}) once it has compiled"
     headline = f"The step compiles, since what {path} holds does not fit."

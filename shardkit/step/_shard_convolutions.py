@@ -48,9 +48,7 @@ _convolution_p = core.Primitive("shardkit_convolution")
 def on_shards(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
     """Keeps convolutions of a function on their devices under `jax.vmap` over `axes`.
 
-    Args:
-      mesh: the device mesh.
-      axes: mesh axes that split the dim to map over, into as many parts as there are devices.
+    These split the dim to map over, into as many parts as there are devices.
     """
 
     def map_apart(equation: core.JaxprEqn) -> core.JaxprEqn:
@@ -63,16 +61,9 @@ def on_shards(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
 def on_their_devices(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
     """Computes grouped convolutions of global arrays on each device for its rows.
 
-    Where another axis splits channels, they are gathered before; and so are the spatial dims of
-    every convolution.
-
-    Args:
-      mesh: the device mesh.
-      axes: mesh axes that split the rows.
-
-    Raises (while a function is rewritten):
-      StepError: a `jax.shard_map`, such as that of a pipeline, leaves channels of one to the
-        partitioner; with the line of each.
+    Mesh axes `axes` split these. Where another axis splits channels, they are gathered before; and
+    so are the spatial dims of every convolution. Rewriting raises StepError if a `jax.shard_map`,
+    such as that of a pipeline, leaves channels of one to the partitioner; with the line of each.
     """
     if mesh.size == 1:
         return {}

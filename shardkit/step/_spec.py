@@ -177,8 +177,7 @@ class StepSpec:
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
 
-        Raises:
-          StepError: with every problem that can be found without a mesh.
+        Raises StepError with every problem that can be found without a mesh.
         """
         self._set("batch", to_arrays(self.batch))
         overrides = {name: vars(self).pop(name) for name in _STRATEGY_FIELDS}
@@ -327,39 +326,26 @@ def compile_step(
 
 
 def check_step_spec(given: Any, kind: type[ShardkitError], headline: str, other: str = "") -> None:
-    """Raises an error if an argument is not a `StepSpec`.
+    """Raises an error of a kind if an argument is not a `StepSpec`.
 
-    Args:
-      given: the user's argument.
-      kind: type of the error.
-      headline: of the error.
-      other: what else the caller accepts, for the fix.
-
-    Raises:
-      ShardkitError: of this kind.
+    Its fix names what else the caller accepts.
     """
     if isinstance(given, StepSpec):
         return
     fix = "sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
     fix = "step.spec" if isinstance(given, CompiledStep) else fix
-    problem = Problem(
-        "spec", f"is of type {type_name(given)}", f"{fix}, or {other}" if other else fix
-    )
-    raise_all(kind, headline, [problem])
+    fix = f"{fix}, or {other}" if other else fix
+    raise kind.of(headline, "spec", f"is of type {type_name(given)}", fix)
 
 
 def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
-    """Checks that a `StepSpec` comes with a mesh, and a compiled step or a function without one.
-
-    Raises:
-      StepError: the mesh is missing, or superfluous.
-    """
+    """Raises StepError for a `StepSpec` without a mesh, or a compiled step or function with one."""
     if isinstance(step, StepSpec) == (mesh is not None):
         return
     why = "is given beside a step that has its own, or a function that compiles one"
     why = "is not given, and a StepSpec has none" if mesh is None else why
     fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
-    raise_all(StepError, "The step needs exactly one mesh.", [Problem("mesh", why, fix)])
+    raise StepError.of("The step needs exactly one mesh.", "mesh", why, fix)
 
 
 def _to_abstract(x: Any) -> jax.ShapeDtypeStruct:

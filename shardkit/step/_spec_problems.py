@@ -80,9 +80,7 @@ def strategy_problems(
 ) -> list[Problem]:
     """Invalid options of the strategy, and combinations that do not work.
 
-    Args:
-      spec: the step.
-      readers: by the name of an option, what reads it in any accepted form.
+    `readers` read an option of this name in any accepted form.
     """
     problems = [
         problem

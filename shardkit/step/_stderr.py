@@ -37,17 +37,12 @@ _COPY += "            rest = rest[os.write(to, rest) :]\n"
 
 @dataclasses.dataclass(eq=False)
 class Messages:
-    """What was printed during one compile; complete after the `with` block.
+    """What was printed during one compile; complete after the `with` block."""
 
-    Attributes:
-      thread: native id of the compiling thread.
-      others: native ids of threads that compiled meanwhile, whose lines are left out.
-      printed: chunks of text, in order.
-    """
-
-    thread: int
+    thread: int  # native id of the compiling thread
+    # native ids of threads that compiled meanwhile, whose lines are left out
     others: set[int] = dataclasses.field(default_factory=set)
-    printed: list[str] = dataclasses.field(default_factory=list)
+    printed: list[str] = dataclasses.field(default_factory=list)  # chunks of text, in order
 
     @property
     def text(self) -> str:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Mean, Params, PyTree
+from .._core.types import Accumulate, Batch, Mean, Params, PyTree
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import (
@@ -26,12 +26,7 @@ from ._gradients import (
 )
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import (
-    add_up_parts,
-    check_fixed_state,
-    check_partial_rows,
-    check_split_rows,
-)
+from ._split_checks import add_up_parts, check_fixed_state, check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -40,11 +35,7 @@ from ._update import (
     check_state_types,
 )
 from .self_check import build_plain_objective, build_training_loss
-from .shard_map._build import (
-    build_micro_batch_objective,
-    build_shard_gradients,
-    build_shard_objective,
-)
+from .shard_map._build import build_on_shards
 from .shard_map._plan import kept_axes
 
 if TYPE_CHECKING:
@@ -53,29 +44,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """Builds the functions of one spec on one mesh, anew per call, since JAX caches by identity.
+    """Builds the functions of one spec on one mesh, anew per call, since JAX caches by identity."""
 
-    Attributes:
-      bound: the spec and its mesh.
-      layout: abstract state and batch, and their shardings.
-    """
-
-    bound: BoundSpec
-    layout: StepLayout
+    bound: BoundSpec  # the spec and its mesh
+    layout: StepLayout  # abstract state and batch, and their shardings
 
     def check_key_reuse(
         self,
         around_init: Callable[[], contextlib.AbstractContextManager[None]],
         around_loss: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """Traces `init` and the loss under JAX's key-reuse checker.
+        """Raises StepError for functions that use a key twice, which draws equal numbers.
 
-        Args:
-          around_init: enters the mesh that `init` is traced under.
-          around_loss: enters the mesh and the rules that the loss is traced under.
-
-        Raises:
-          StepError: naming each function that uses a key twice, which draws equal numbers.
+        JAX's checker traces `init` and the loss under the mesh and the rules that `around_init` and
+        `around_loss` enter.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         functions = (
@@ -102,9 +84,8 @@ class StepFunctions:
     def train(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Builds `(state, batch) → (state, metrics)`.
 
-        Raises (while it is traced):
-          StepError: a leaf of the state changes its shape or dtype, so that the next call would
-            compile again.
+        Its trace raises StepError if a leaf of the state changes its shape or dtype, so that the
+        next call would compile again.
         """
         spec, shardings = self.bound.spec, self.layout.update
         update = build_train_step(
@@ -136,11 +117,7 @@ class StepFunctions:
         return build_gradient_step(self._gradient_fn)
 
     def check_partial_rows(self) -> None:
-        """Checks that `evaluate` can be computed on fewer rows than declared; see there.
-
-        Raises:
-          StepError: it cannot.
-        """
+        """Raises StepError if `evaluate` cannot be computed on fewer rows; see there."""
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh, evaluate=True)
         proved = self.bound.spec.independent_rows
         check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
@@ -149,22 +126,18 @@ class StepFunctions:
         """Builds `(state, batch) → (metrics, the same as totals and weights)`."""
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
+        traced = check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
         if spec.mode == "shard_map":
-            traced = check_split_rows(
-                self.bound, self.layout, loss, self._loss_args, gradients=False
-            )
             loss = add_up_parts(loss, traced, self.layout)
-            loss = self._build_on_shards(build_shard_objective, loss)
+            loss = self._build_on_shards(loss, accumulate=Accumulate())
         else:
-            check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
         """Builds `(state, batch) → (total, weight)` of the training loss.
 
-        Args:
-          policy: dtype in which the loss sees the parameters; None: as they are stored.
+        It sees the parameters in the dtype `policy`; None: as they are stored.
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         loss = add_up_parts(loss, self._traced, self.layout)
@@ -172,7 +145,7 @@ class StepFunctions:
         if not on_shards:
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_training_loss(
-            self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
+            self._build_on_shards(loss) if on_shards else loss,
             lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,
@@ -186,9 +159,8 @@ class StepFunctions:
     def _gradient_fn(self) -> GradientFn:
         """The gradients of the loss.
 
-        Raises:
-          StepError: the loss does not return what a step can use, or draws randomness that
-            cannot be split by gradient shard.
+        Raises StepError if it does not return what a step can use, or draws randomness that cannot
+        be split by gradient shard.
         """
         loss = add_up_parts(self._training_objective, self._traced, self.layout)
         plan = GradientPlan(self.bound, self.layout, self._traced)
@@ -196,7 +168,7 @@ class StepFunctions:
         if plan.micro_batches > 1 if on_shards else plan.per_shard_accumulation:
             check_fixed_state(self.bound, self._loss_args)
         if on_shards:
-            return self._build_on_shards(build_shard_gradients, loss)
+            return self._build_on_shards(loss, gradients=True)
         if plan.per_shard_accumulation:
             plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)
@@ -213,9 +185,10 @@ class StepFunctions:
         loss = self._training_objective
         return check_split_rows(self.bound, self.layout, loss, self._loss_args)
 
-    def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
+    def _build_on_shards(self, loss: Objective, **options: Any) -> Any:
+        options = {"accumulate": self.bound.spec.accumulate, **options}
         with use_policy(layer_policy(self.bound, self.layout)):
-            return build(self.bound, self.layout, loss, self._loss_args)
+            return build_on_shards(self.bound, self.layout, loss, self._loss_args, **options)
 
     @functools.cached_property
     def _loss_args(self) -> LossArgs:
@@ -228,8 +201,7 @@ class StepFunctions:
 def find_mixed_rows(spec: "StepSpec", mesh: Mesh, layout: StepLayout) -> str:
     """What mixes rows of a loss where its step splits them, whatever `independent_rows` says.
 
-    Returns:
-      The operation and its line; "" if nothing does, or if it cannot be read.
+    Returns the operation and its line; "" if nothing does, or if it cannot be read.
     """
     bound = BoundSpec(spec.replace(independent_rows=False), mesh)
     args = StepFunctions(bound, layout)._loss_args

@@ -25,15 +25,10 @@ def is_trainable(declared: object) -> bool:
 
 
 def find_partition(spec: "StepSpec", params: Params) -> Partition:
-    """Finds the frozen parameters of a spec.
+    """Finds the frozen parameters of a spec, by `trainable` of its own or of its `sk.Loss`.
 
-    Args:
-      spec: the step; without `trainable` of its own, that of its `sk.Loss` holds.
-      params: the parameters, concrete or abstract.
-
-    Raises:
-      StepError: a glob matches no parameter, no parameter is trained, or one that is trained is
-        not floating-point of at least 16 bits.
+    Parameters are concrete or abstract. Raises StepError if a glob matches none, none is trained,
+    or one that is trained is not floating-point of at least 16 bits.
     """
     loss = spec.loss_fn
     declared = spec.trainable

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, did_you_mean, format_problems
+from .._core.errors import StepError, did_you_mean
 from .._core.tracing import record_fact, recorded_facts
 from ..nn._manual_axis_rules import on_shards
 
@@ -30,11 +30,8 @@ _IN_SPECS = re.compile(r"((?:in|out)_specs) refers to '(\w+)'")
 def bind_batch_axes(call: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """Returns a loss of the whole batch in which every axis that it names has size 1.
 
-    The names are in its program, see `batch_axes`. On shards nothing is bound here.
-
-    Args:
-      call: the loss.
-      mesh: the device mesh; a name that resembles one of its axes stays unbound.
+    The names are in its program, see `batch_axes`; one that resembles an axis of the mesh stays
+    unbound. On shards nothing is bound here.
     """
     bound: list[str] = []
 
@@ -91,8 +88,7 @@ def _is_elsewhere(error: Exception, name: str, mesh: Mesh | None) -> bool:
 def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
     """Turns JAX's errors about an unknown mesh axis, while a loss is traced, into a `StepError`.
 
-    Raises:
-      StepError: a collective, or a spec of a `shard_map`, names an axis that is not in the mesh.
+    The axis is that of a collective, or in a spec of a `shard_map`.
     """
     try:
         yield
@@ -100,7 +96,7 @@ def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
         if mesh is not None:
             for call, name in _find_axis_uses(error):
                 if name not in mesh.axis_names:
-                    raise StepError(_format_unbound(call, name, mesh)) from error
+                    raise _unbound_error(call, name, mesh) from error
         raise
 
 
@@ -125,8 +121,8 @@ def _axis_names_of(frame: FrameType) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _format_unbound(call: str, name: str, mesh: Mesh) -> str:
+def _unbound_error(call: str, name: str, mesh: Mesh) -> StepError:
     known = ", ".join(f"{a}={n}" for a, n in mesh.shape.items())
-    problem = Problem(call, f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}")
+    why = f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}"
     fix = f"one of {', '.join(map(repr, mesh.axis_names))}"
-    return format_problems("The loss names a mesh axis that does not exist.", [problem], fix)
+    return StepError.of("The loss names a mesh axis that does not exist.", call, why, fix)

@@ -23,12 +23,8 @@ def find_unused_rules(
 ) -> tuple[str, ...]:
     """Lists the entries of a strategy's rules that decide nothing, as text.
 
-    It omits logical axes that `sk.strategies` list for any model, and a last `**`.
-
-    Args:
-      bound: the spec and its mesh.
-      layout: abstract state and batch.
-      constrained: the model's constraints, with their logical axes.
+    It omits logical axes that `sk.strategies` list for any model, and a last `**`. Leaves in
+    `constrained` are the model's constraints, with their logical axes.
     """
     strategy, state = bound.spec.strategy, layout.state
     params = list_leaves(state.params, layout.axes)

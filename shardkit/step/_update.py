@@ -13,7 +13,7 @@ from .._core.precision import widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree, Scalar
-from ._gradients import GradientFn
+from ._gradients import GradientFn, constrain_tree
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
 from .optim._extra_args import call_update
@@ -33,18 +33,12 @@ def build_train_step(
     arg_shardings: PyTree | None,
     owners: bool | None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds `(state, batch) → (state, metrics)`.
+    """Builds `(state, batch) → (state, metrics)` from the differentiated loss and any optax chain.
 
-    Args:
-      gradients: the differentiated loss.
-      optimizer: any optax chain.
-      partition: which parameters are trained.
-      shardings: pytree of `NamedSharding` of the update, if it is split further than the
-        parameters. The parameters are gathered afterwards, by the layout of the results.
-      on_nonfinite: what to do with an update that is not finite.
-      arg_shardings: pytree of `NamedSharding` of gradients, optimizer state, parameters and
-        loss; None if matrices that the optimizer multiplies are not moved to owners.
-      owners: as declared; None where they are not asked for.
+    `shardings` are those of the update, if it is split further than the parameters; these are
+    gathered afterwards, by the layout of the results. `arg_shardings` are those of gradients,
+    optimizer state, parameters and loss; None if matrices that the optimizer multiplies are not
+    moved to owners.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -56,8 +50,8 @@ def build_train_step(
         output, grads = gradients(state.params, state.model_state, batch, step_key(state))
         metrics = _collect_metrics(output, grads)
         with jax.named_scope("update"):
-            before = _constrain_update(partition.trained(state.params), shardings)
-            grads = _constrain_update(grads, shardings)
+            before = constrain_tree(partition.trained(state.params), shardings)
+            grads = constrain_tree(grads, shardings)
             given = (grads, state.opt_state, before, metrics["loss"])
             owned = None
             if arg_shardings and owners is not False:
@@ -66,7 +60,7 @@ def build_train_step(
                 optimizer, *given, value_and_grad=value_and_grad
             )
             _check_updates(updates, before)
-            params = _constrain_update(optax.apply_updates(before, updates), shardings)
+            params = constrain_tree(optax.apply_updates(before, updates), shardings)
             after = dataclasses.replace(
                 state,
                 step=state.step + 1,
@@ -85,11 +79,7 @@ def build_train_step(
 
 
 def _check_updates(updates: PyTree, params: Params) -> None:
-    """Compares the updates of an optimizer with the parameters.
-
-    Raises:
-      StepError: with every leaf that one of them lacks, or has in another shape.
-    """
+    """Raises StepError with leaves that updates lack, add, or have in another shape than params."""
     got, want = _leaf_types(updates, "params"), _leaf_types(params, "params")
     shapes = {path: short.partition("[")[2] for path, short in got.items()}
     problems = [
@@ -99,12 +89,6 @@ def _check_updates(updates: PyTree, params: Params) -> None:
     ]
     fix = "an optimizer whose update returns a tree like the parameters"
     raise_all(StepError, "The updates do not match the parameters.", problems, fix)
-
-
-def _constrain_update(tree: Params, shardings: PyTree | None) -> Params:
-    if shardings is None:
-        return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
 def build_gradient_step(
@@ -151,11 +135,7 @@ def _loss_metrics(output: LossOutput) -> Metrics:
 
 
 def check_state_types(before: TrainState, after: TrainState) -> None:
-    """Compares the shapes and dtypes of a state before and after a step.
-
-    Raises:
-      StepError: with every leaf that changed.
-    """
+    """Raises StepError with every leaf of a state whose shape or dtype a step changed."""
     old, new = _leaf_types(before, "state"), _leaf_types(after, "state")
     problems = [
         Problem(path, f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after")

@@ -103,8 +103,7 @@ def to_variables(initial: PyTree) -> Variables:
 def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of the parameters that name them, one entry per dim, by path.
 
-    Raises:
-      ShardingError: with every leaf that names more axes than it has dims.
+    Raises ShardingError with every leaf that names more axes than it has dims.
     """
     named = [
         (path_str(path), leaf)
@@ -112,27 +111,17 @@ def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
         if has_axes(leaf)
     ]
     problems = [
-        Problem(
-            join_path("params", path),
-            f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims",
-        )
-        for path, leaf in named
-        if len(leaf.axes) > leaf.value.ndim
+        Problem(join_path("params", path), f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims")
+        for path, x in named
+        if len(x.axes) > x.value.ndim
     ]
-    raise_all(
-        ShardingError, "Logical axes do not fit.", problems, "at most one name or None per dim"
-    )
-    return {
-        path: (*leaf.axes, *[None] * (leaf.value.ndim - len(leaf.axes))) for path, leaf in named
-    }
+    fix = "at most one name or None per dim"
+    raise_all(ShardingError, "Logical axes do not fit.", problems, fix)
+    return {path: (*x.axes, *[None] * (x.value.ndim - len(x.axes))) for path, x in named}
 
 
 def check_initial(initial: PyTree) -> None:
-    """Checks that `init` returned arrays, and at least one parameter.
-
-    Raises:
-      StepError: with every leaf that is not an array of numbers.
-    """
+    """Raises StepError if `init` returned no parameter, or leaves that are no arrays of numbers."""
     variables = to_variables(initial)
     problems = [
         problem

@@ -9,20 +9,13 @@ not in the program.
 import inspect
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..._core.errors import (
-    Problem,
-    ShardkitError,
-    StepError,
-    first_line,
-    format_problems,
-    raise_all,
-)
+from ..._core.errors import Problem, ShardkitError, StepError, first_line, raise_all
 from ..._core.tree import is_numeric, leaves_by_path
 from ..._core.types import Params, PyTree, Scalar
 
@@ -35,11 +28,18 @@ _UNDRIVEN = "The optimizer cannot be driven."
 _REFUSED = "nexpected keyword argument"
 
 
+class LossAskedError(Exception):
+    """An optimizer computes the loss itself, as line searches do, where there is none."""
+
+
+def _refuse_loss(params: Params) -> NoReturn:
+    raise LossAskedError
+
+
 def call_init(optimizer: optax.GradientTransformation, params: Params) -> PyTree:
     """Returns the state that an optimizer starts with, in buffers of its own.
 
-    Raises:
-      StepError: the optimizer fails on these parameters, or has something else than arrays in it.
+    Raises StepError if it fails on these parameters, or has something else than arrays in it.
     """
     try:
         opt_state = optimizer.init(params)
@@ -48,12 +48,10 @@ def call_init(optimizer: optax.GradientTransformation, params: Params) -> PyTree
     except Exception as error:
         why = f"cannot be initialised: {_reason(error)}"
         fix = "masks, labels and other trees of the optimizer like the parameters"
-        text = format_problems(_UNDRIVEN, [Problem(_place(error), why, fix)])
-        raise StepError(text) from error
+        raise StepError.of(_UNDRIVEN, _place(error), why, fix) from error
+    fix = "jnp.asarray(...) in its init"
     problems = [
-        Problem(
-            path, f"is of type {type(x).__name__}, not an array", "jnp.asarray(...) in its init"
-        )
+        Problem(path, f"is of type {type(x).__name__}, not an array", fix)
         for path, x in leaves_by_path(opt_state, "opt_state").items()
         if not is_numeric(x)
     ]
@@ -68,20 +66,13 @@ def call_update(
     params: Params,
     value: Scalar,
     *,
-    value_and_grad: ValueAndGrad,
+    value_and_grad: ValueAndGrad = _refuse_loss,
 ) -> tuple[Params, PyTree]:
-    """Returns the updates and the new state of an optimizer.
+    """Returns the updates and the new state of any optax chain, from gradients of the mean loss.
 
-    Args:
-      optimizer: any optax chain.
-      grads: gradients of the mean loss.
-      opt_state: its state.
-      params: at which the gradients were computed.
-      value: f32[], the mean loss.
-      value_and_grad: loss and gradient of other parameters, on the same rows.
-
-    Raises:
-      StepError: the optimizer asks for something else, or cannot take gradients of a mean.
+    The loss is `value`, f32[]; `value_and_grad` gives loss and gradient of other parameters, on the
+    same rows, or raises LossAskedError by default. Raises StepError if the optimizer asks for
+    something else, or cannot take gradients of a mean.
     """
     offered = _offer(grads, value, value_and_grad)
     given = {name: x for name, x in offered.items() if _accepts(optimizer.update, name)}
@@ -94,12 +85,12 @@ def call_update(
         except (TypeError, ValueError, NotImplementedError) as error:
             if names and _REFUSED in str(error):
                 continue
-            raise StepError(_explain(error, list(offered))) from error
+            raise _explain(error, list(offered)) from error
         if isinstance(result, tuple) and len(result) == 2:
             return result
         why = f"returns a {type(result).__name__}, not a pair of updates and new state"
         fix = "return updates, state from update"
-        raise_all(StepError, _UNDRIVEN, [Problem("optimizer", why)], fix)
+        raise StepError.of(_UNDRIVEN, "optimizer", why, fix)
     raise AssertionError("the last attempt, without names, returns or raises")
 
 
@@ -129,12 +120,12 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
     return catches_all or name in parameters
 
 
-def _explain(error: Exception, offered: list[str]) -> str:
-    """The message of an optimizer that fails, with the transformation that raised it."""
+def _explain(error: Exception, offered: list[str]) -> StepError:
+    """The error of an optimizer that fails, with the transformation that raised it."""
     given = f"A step gives {', '.join(offered)}, and gradients of a mean"
     fix = "an optimizer that asks for no more, such as optax.adamw(1e-3)"
-    problem = Problem(_place(error), f"cannot be updated: {_reason(error)}. {given}", fix)
-    return format_problems(_UNDRIVEN, [problem])
+    why = f"cannot be updated: {_reason(error)}. {given}"
+    return StepError.of(_UNDRIVEN, _place(error), why, fix)
 
 
 def _place(error: Exception) -> str:

@@ -27,16 +27,9 @@ def moment_spec(
     """Spec of a state leaf with the dims of a parameter, some of them dropped or of size 1.
 
     Covers moments (equal shape), factored moments (one dim dropped, as in adafactor, or of size 1),
-    placeholders (every dim of size 1) and histories (dims in front, as in lbfgs).
-
-    Args:
-      shape: shape of the state leaf.
-      param_shape: shape of its parameter.
-      spec: spec of its parameter.
-
-    Returns:
-      The spec, or None if the shape cannot be derived from the parameter's. If several choices of
-      dims give the shape (a square matrix with one dim dropped), the one that splits most dims.
+    placeholders (every dim of size 1) and histories (dims in front, as in lbfgs). None if the shape
+    cannot be derived from the parameter's. If several choices of dims give the shape (a square
+    matrix with one dim dropped), it is the one that splits most dims.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> moment_spec((64,), (128, 64), P(None, "tensor"))
@@ -71,14 +64,12 @@ class FollowParams:
 
     A leaf without a parameter passes, and so becomes an error: apart from tables of at most `SMALL`
     elements, optimizer state is never silently replicated.
-
-    Attributes:
-      params: leaves of the parameters, each with its resolved spec.
-      state: paths of all leaves of the optimizer state, which distinguish a tree of moments from a
-        parameter with the name of one (`mu/w` beside `w`).
     """
 
+    # leaves of the parameters, each with its resolved spec
     params: tuple[tuple[Leaf, PartitionSpec], ...]
+    # paths of all leaves of the optimizer state, which distinguish a tree of moments from a
+    # parameter with the name of one (`mu/w` beside `w`)
     state: frozenset[str] = frozenset()
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:

@@ -23,22 +23,16 @@ _BOUND = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Matrices that one program computes.
+    """Matrices that one program computes."""
 
-    Attributes:
-      program: takes one matrix of each array, with dims of size 1 in front, then what is shared.
-      batch: dims in front that count matrices.
-      parts: the parts of the update that have such matrices.
-      specs: of each part, the spec of each of its arrays.
-      result_specs: of each part, the spec of each of its results.
-      order: mesh axes that matrices are divided over, in the order in which they are moved.
-    """
-
+    # takes one matrix of each array, with dims of size 1 in front, then what is shared
     program: core.ClosedJaxpr
-    batch: int
-    parts: tuple[MatrixPart, ...]
-    specs: tuple[tuple[PartitionSpec, ...], ...]
+    batch: int  # dims in front that count matrices
+    parts: tuple[MatrixPart, ...]  # the parts of the update that have such matrices
+    specs: tuple[tuple[PartitionSpec, ...], ...]  # of each part, the spec of each of its arrays
+    # of each part, the spec of each of its results
     result_specs: tuple[tuple[PartitionSpec, ...], ...]
+    # mesh axes that matrices are divided over, in the order in which they are moved
     order: tuple[str, ...]
 
 
@@ -50,11 +44,7 @@ def find_groups(
 ) -> list[Group]:
     """Returns the groups of matrices whose dims the mesh splits; other matrices stay as they are.
 
-    Args:
-      update: the update.
-      parts: its parts.
-      specs: of its arguments.
-      retrace: traces the update with other sizes.
+    `specs` are of the update's arguments; `retrace` traces it with other sizes.
     """
     if not parts:
         return []
@@ -92,19 +82,12 @@ def find_groups(
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """How the arrays of one part are split.
+    """How the arrays of one part are split."""
 
-    Attributes:
-      matrix: mesh axes of the dims of the matrices of each array and each result.
-      specs: of the arrays.
-      result_specs: of the results.
-      order: the axes of all, each dim's last one first.
-    """
-
-    matrix: tuple[Dims, ...]
-    specs: tuple[PartitionSpec, ...]
-    result_specs: tuple[PartitionSpec, ...]
-    order: tuple[str, ...]
+    matrix: tuple[Dims, ...]  # mesh axes of the dims of the matrices of each array and each result
+    specs: tuple[PartitionSpec, ...]  # of the arrays
+    result_specs: tuple[PartitionSpec, ...]  # of the results
+    order: tuple[str, ...]  # the axes of all, each dim's last one first
 
 
 def _split_dims(
@@ -140,9 +123,7 @@ def _split_dims(
 
 
 def _count_batch_dims(
-    update: core.ClosedJaxpr,
-    parts: Sequence[MatrixPart],
-    retrace: Retrace,
+    update: core.ClosedJaxpr, parts: Sequence[MatrixPart], retrace: Retrace
 ) -> list[int]:
     """For each part, how many dims in front count matrices that do not depend on one another.
 

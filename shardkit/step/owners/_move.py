@@ -25,15 +25,9 @@ from ._groups import Dims, Group
 
 
 def run_group(group: Group, mesh: Mesh, values: Mapping[Any, jax.Array]) -> dict[Any, jax.Array]:
-    """Computes every part of a group on the owners of its matrices.
+    """Computes the results of a group's parts, each on the owners of its matrices.
 
-    Args:
-      group: parts that one program computes.
-      mesh: the device mesh.
-      values: of the parts' arrays and what they share.
-
-    Returns:
-      The parts' results.
+    `values` are of the parts' arrays and what they share.
     """
     arrays = [values[v] for part in group.parts for v in part.arrays]
     shared = [values[v] for v in group.parts[0].shared]

@@ -28,27 +28,20 @@ PRODUCTS = _FACTORIZATIONS | {"dot_general"}
 
 @dataclasses.dataclass(frozen=True)
 class MatrixPart:
-    """A part of an update, as positions in its program.
+    """A part of an update, as positions in its program."""
 
-    Attributes:
-      equations: positions of its equations.
-      own: those of them that are in no other part, and not outside; the others depend on no
-        parameter, such as slices of coefficients, or follow from `arrays` element by element.
-      arrays: inputs that follow parameters, each with elements of one or more matrices.
-      shared: other inputs: coefficients, counts.
-      results: what the rest of the update uses of it.
-      sources: for each of `arrays`, the position of an argument of its shape that it was computed
-        from, element by element; None where there is none.
-      params: positions of the arguments that are its gradients and parameters.
-    """
-
-    equations: tuple[int, ...]
+    equations: tuple[int, ...]  # positions of its equations
+    # those of them that are in no other part, and not outside; the others depend on no parameter,
+    # such as slices of coefficients, or follow from `arrays` element by element
     own: frozenset[int]
+    # inputs that follow parameters, each with elements of one or more matrices
     arrays: tuple[Any, ...]
-    shared: tuple[Any, ...]
-    results: tuple[Any, ...]
+    shared: tuple[Any, ...]  # other inputs: coefficients, counts
+    results: tuple[Any, ...]  # what the rest of the update uses of it
+    # for each of `arrays`, the position of an argument of its shape that it was computed from,
+    # element by element; None where there is none
     sources: tuple[int | None, ...]
-    params: frozenset[int]
+    params: frozenset[int]  # positions of the arguments that are its gradients and parameters
 
 
 def has_products(jaxpr: Any) -> bool:
@@ -57,32 +50,24 @@ def has_products(jaxpr: Any) -> bool:
 
 
 def find_parts(jaxpr: Any, follows: Sequence[bool], params: Sequence[int]) -> list[MatrixPart]:
-    """Returns the parts of an update, in order.
+    """Returns the parts of an update, without jitted functions inside, in order.
 
-    Args:
-      jaxpr: the update, without jitted functions inside.
-      follows: whether each argument follows a parameter.
-      params: positions of the gradients and parameters among the arguments.
+    `follows` says of each argument whether it follows a parameter; `params` are the positions of
+    those that are gradients and parameters.
     """
     return _Search(jaxpr, follows, params).parts()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """What is known of one value.
+    """What is known of one value."""
 
-    Attributes:
-      follows: it depends on elements of parameters.
-      after: it depends on a product.
-      simple: it is an argument, a scalar, or computed from such ones element by element.
-      source: position of an argument of its shape that it was so computed from.
-      params: positions of gradients and parameters that it was so computed from.
-    """
-
-    follows: bool = False
-    after: bool = False
+    follows: bool = False  # it depends on elements of parameters
+    after: bool = False  # it depends on a product
+    # it is an argument, a scalar, or computed from such ones element by element
     simple: bool = True
-    source: int | None = None
+    source: int | None = None  # position of an argument of its shape that it was so computed from
+    # positions of gradients and parameters that it was so computed from
     params: frozenset[int] = frozenset()
 
 

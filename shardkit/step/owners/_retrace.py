@@ -22,12 +22,7 @@ class RetraceError(Exception):
 
 
 class Retrace:
-    """Traces an update with other sizes of its parameters.
-
-    Attributes:
-      numbers: for each argument the number of the parameter that it is or is the gradient of; else
-        -1.
-    """
+    """Traces an update with other sizes of its parameters."""
 
     def __init__(
         self, update: Update, init: Callable[[Params], PyTree], shapes: OwnersArgs, mesh: Mesh
@@ -35,6 +30,7 @@ class Retrace:
         """Takes the update, what makes its state, and the abstract arguments of the update."""
         self._update, self._init, self._shapes, self._mesh = update, init, shapes, mesh
         grads, opt_state, params, _ = (len(jax.tree.leaves(tree)) for tree in shapes)
+        # The number of the parameter that an argument is, or is the gradient of; else -1.
         self.numbers = [*range(grads), *[-1] * opt_state, *range(params), -1]
 
     def __call__(self, resize: Resize) -> core.ClosedJaxpr:

@@ -7,62 +7,50 @@ from typing import Any
 import jax
 import optax
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ..._core.equations import is_written_in
 from ..._core.rewriting import inline_calls
 from ..._core.scope_markers import OWNED
 from ..._core.tracing import equations, record_fact
-from ..._core.types import Params, PyTree, Scalar
+from ..._core.types import Params, PyTree
 from ...rules import axes_of
-from ..optim._extra_args import call_update
+from ..optim._extra_args import LossAskedError, call_update
 from ._groups import Group, find_groups, subprogram
 from ._move import count_bytes, run_group
 from ._parts import PRODUCTS, MatrixPart, has_products, variables
 from ._retrace import OwnersArgs, Retrace, RetraceError
 
 
-class LossAskedError(Exception):
-    """An optimizer computes the loss itself; its products are not those of an update."""
-
-
 def update_by_owners(
-    optimizer: optax.GradientTransformation,
-    args: OwnersArgs,
-    shardings: PyTree,
-    *,
-    declared: bool,
+    optimizer: optax.GradientTransformation, args: OwnersArgs, shardings: PyTree, *, declared: bool
 ) -> tuple[Params, PyTree] | None:
     """Computes an update whose matrices are divided over the devices that split them.
 
-    Args:
-      optimizer: any optax chain.
-      args: gradients, optimizer state, parameters and loss, while a step is traced.
-      shardings: pytree of `NamedSharding` of `args`.
-      declared: the user says that the optimizer does with one matrix what it does with several.
-        Else only products that optax makes are divided: Python of others may ask how many there
-        are, or how large, and the program of one matrix would be another one.
+    `args` are gradients, optimizer state, parameters and loss, while a step is traced. If
+    `declared`, the user says that the optimizer does with one matrix what it does with several;
+    else only products that optax makes are divided: Python of others may ask how many there are, or
+    how large, and the program of one matrix would be another one.
 
-    Returns:
-      The updates and the new state; None if no parameter is split, or the optimizer computes the
-      loss. Matrices that cannot be told apart stay, and the partitioner divides each product.
+    Returns the updates and the new state; None if no parameter is split, or the optimizer computes
+    the loss. Matrices that cannot be told apart stay, and the partitioner divides each product.
     """
     leaves: list[NamedSharding] = jax.tree.leaves(shardings)
     specs, mesh = [sharding.spec for sharding in leaves], leaves[0].mesh
     assert isinstance(mesh, Mesh)
-    split = any(len(spec) and not _is_single(spec, mesh) for spec in specs)
-    if not split:
+    axes = {axis for spec in specs for entry in spec for axis in axes_of(entry)}
+    if all(mesh.shape[axis] == 1 for axis in axes):
         return None
 
     def update(*args: Any) -> tuple[Params, PyTree]:
-        return call_update(optimizer, *args, value_and_grad=_refuse_loss)
+        return call_update(optimizer, *args)
 
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), args
     )
     try:
         raw, out = jax.make_jaxpr(update, return_shape=True)(*shapes)
-    except LossAskedError:
+    except LossAskedError:  # its products are not those of an update
         return None
     program, groups = raw, []
     if has_products(raw.jaxpr) and (declared or _is_of_optax(raw.jaxpr)):
@@ -91,14 +79,6 @@ def _can_be_apart(jaxpr: Any, groups: Sequence[Group]) -> bool:
     _, after = _split_equations(jaxpr, parts)
     late = {v for eqn in after for v in eqn.outvars}
     return not any(late.intersection((*part.arrays, *part.shared)) for part in parts)
-
-
-def _refuse_loss(params: Params) -> tuple[Scalar, Params]:
-    raise LossAskedError
-
-
-def _is_single(spec: PartitionSpec, mesh: Mesh) -> bool:
-    return all(mesh.shape[axis] == 1 for entry in spec for axis in axes_of(entry))
 
 
 def _run(

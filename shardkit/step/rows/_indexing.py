@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._equation import Equation
-from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, join, rule
+from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, join, moved, rule
 from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
@@ -35,11 +35,8 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if place is None:
         if not _fixed(indices):
             return [equation.mixed(_PICKS)]
-        cut = [
-            d
-            for d in equation.growing(0)
-            if equation.params["slice_sizes"][d] != equation.shape(0)[d]
-        ]
+        sizes, whole = equation.params["slice_sizes"], equation.shape(0)
+        cut = any(sizes[dim] != whole[dim] for dim in equation.growing(0))
         return [equation.mixed(_PICKS) if cut else operand]
     if isinstance(operand, AlwaysZero):
         return [operand]
@@ -60,21 +57,15 @@ def _look_up_in_rows(
         dim = numbers.start_indices_batching_dims[which]
         if isinstance(indices, PerRow) and (indices.dim, indices.role) != (dim, "values"):
             return equation.mixed(_PICKS)
-        return PerRow(_place_dim(equation, dim), operand.outer, operand.inner, operand.degree)
+        return moved(operand, _place_dim(equation, dim))
     if operand.dim in numbers.start_index_map:
         column = numbers.start_index_map.index(operand.dim)
         if place and place[1] == column and place[0].layout[1:] == operand.layout[1:]:
             return PerRow(_place_dim(equation, place[0].dim), degree=operand.degree)
     whole = sizes[operand.dim] == equation.shape(0)[operand.dim]
-    if (
-        place is None
-        and _fixed(indices)
-        and whole
-        and operand.dim not in numbers.collapsed_slice_dims
-    ):
-        return PerRow(
-            _offset_dim(numbers, operand.dim), operand.outer, operand.inner, operand.degree
-        )
+    kept = whole and operand.dim not in numbers.collapsed_slice_dims
+    if place is None and kept and _fixed(indices):
+        return moved(operand, _offset_dim(numbers, operand.dim))
     return equation.mixed(_PICKS)
 
 
@@ -126,9 +117,7 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
             updates = dataclasses.replace(updates, degree=getattr(operand, "degree", 0))
     numbers = equation.params["dimension_numbers"]
     place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
-    if isinstance(indices, RowSum) or (
-        isinstance(updates, Columns) or isinstance(operand, Columns)
-    ):
+    if isinstance(indices, RowSum) or any(isinstance(s, Columns) for s in (operand, updates)):
         return [equation.mixed(_PICKS)]
     if isinstance(updates, AlwaysZero) and (adds or isinstance(operand, AlwaysZero)):
         return [operand]
@@ -182,8 +171,7 @@ def _scatter_fixed(equation: Equation, operand: State, updates: State, adds: boo
     if updates.dim in numbers.update_window_dims:
         dim = own[numbers.update_window_dims.index(updates.dim)]
         if equation.shape(0)[dim] == equation.shape(2)[updates.dim]:
-            moved = PerRow(dim, updates.outer, updates.inner, updates.degree, updates.role)
-            return join(equation, [operand, moved])
+            return join(equation, [operand, moved(updates, dim)])
     return equation.mixed(_PICKS)
 
 

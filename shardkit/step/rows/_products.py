@@ -6,16 +6,7 @@ from typing import Any
 from ..._core.split_rng import is_part_key
 from ._equation import Equation, dtype_of
 from ._rules import NONLINEAR, elementwise, first_mixed, moved, product, rule
-from ._states import (
-    AlwaysZero,
-    Columns,
-    Constant,
-    Mixed,
-    PerRow,
-    RowSum,
-    State,
-    add_degrees,
-)
+from ._states import AlwaysZero, Columns, Constant, Mixed, PerRow, RowSum, State, add_degrees
 
 _LINES = "factors a matrix whose lines are rows of the batch"
 

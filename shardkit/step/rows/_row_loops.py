@@ -26,34 +26,22 @@ End = Callable[[Any, Sequence[Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What the turns of a loop do with one of its carries.
+    """What the turns of a loop do with one of its carries."""
 
-    Attributes:
-      variables: of the body, whose values in every turn the end is made of.
-      end: makes it.
-      counts: what each turn adds to a counter; 0 of other carries.
-      places: of `variables`, those of which one must be the number of the turn, so that no turn
-        meets what another one wrote.
-    """
-
-    variables: tuple[Any, ...]
-    end: End
-    counts: int = 0
+    variables: tuple[Any, ...]  # of the body, whose values in every turn the end is made of
+    end: End  # makes it
+    counts: int = 0  # what each turn adds to a counter; 0 of other carries
+    # of `variables`, those of which one must be the turn's number: no turn meets what another wrote
     places: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLoop:
-    """A loop without its turns.
+    """A loop without its turns."""
 
-    Attributes:
-      program: of the loop's operands, gives its results and then the places of each carry that
-        turns write to.
-      places: how many places there are of each such carry.
-    """
-
+    # of the loop's operands, gives its results and then the places of each carry that is written
     program: core.ClosedJaxpr
-    places: tuple[int, ...]
+    places: tuple[int, ...]  # how many places there are of each such carry
 
     def turns_apart(self, places: Sequence[State]) -> bool:
         """Whether each turn has places of its own; `places` are states of the last results."""
@@ -77,15 +65,15 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
 
     The gradient of the first adds what each row gives for a weight, that of a look-up adds to the
     place that was read.
-
-    Args:
-      scan: an equation of `jax.lax.scan`.
     """
     closed = inline_calls(scan.params["jaxpr"])
     body, (consts, carried) = closed.jaxpr, count_scan_operands(scan)
     before, turns = consts + carried, scan.params["length"]
     pairs = zip(body.invars[consts:before], body.outvars[:carried], strict=True)
-    carries = [_read_carry(body, carry, end, turns) for carry, end in pairs]
+    carries = [
+        _counter(body, carry, end, turns) or _sum(body, carry, end) or _written(body, carry, end)
+        for carry, end in pairs
+    ]
     if any(carry is None for carry in carries):
         return None
     known = [carry for carry in carries if carry is not None]
@@ -126,10 +114,6 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
     return RowLoop(program, tuple(len(c.places) for c in known if c.places is not None))
 
 
-def _read_carry(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | None:
-    return _counter(body, carry, end, turns) or _sum(body, carry, end) or _written(body, carry, end)
-
-
 def _counter(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | None:
     made = _maker(body, end)
     if made is None or made.primitive.name != "add" or dtype_of(carry).kind not in "iu":
@@ -160,9 +144,9 @@ def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
     # A running sum that a turn reads, or hands out, depends on the turns before.
     if terms and (_uses(body, end) or sum(result is end for result in body.outvars) > 1):
         return None
-    placed = [_placed_term(body, term) for term in terms]
     makers = [
-        _Carry((t,), _add_all) if p is None else p for t, p in zip(terms, placed, strict=True)
+        _placed_term(body, term) or _Carry((term,), lambda start, v: start + v[0].sum(0))
+        for term in terms
     ]
 
     def add_up(start: Any, values: Sequence[Any]) -> Any:
@@ -172,10 +156,6 @@ def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
         return start
 
     return _Carry(tuple(v for maker in makers for v in maker.variables), add_up)
-
-
-def _add_all(start: Any, values: Sequence[Any]) -> Any:
-    return start + values[0].sum(0)
 
 
 def _placed_term(body: core.Jaxpr, term: Any) -> _Carry | None:

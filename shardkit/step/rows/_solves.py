@@ -20,9 +20,7 @@ _SOLVE = "triangular_solve"
 def derive_solves_alike(function: Callable[..., Any], program: core.Jaxpr) -> Callable[..., Any]:
     """Returns a function, to be followed, whose solves have the same derivative on any rows.
 
-    Args:
-      function: of arrays.
-      program: its trace; without a solve, the function itself is returned.
+    Without a solve in its program, it is the function itself.
     """
     if not any(eqn.primitive.name == _SOLVE for eqn in equations(program)):
         return function

@@ -24,23 +24,15 @@ Degree = int | None
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """The operation that mixed rows.
+    """The operation that mixed rows."""
 
-    Attributes:
-      operation: the primitive's name.
-      why: what it does with rows, as the end of a sentence.
-      where: the user's `file:line in function`, or "" where none is known.
-      code: the statement on that line, or "".
-      ratio: a sum over rows was divided by another one, as in a mean over valid tokens.
-      fix: how to write the same so that rows can be split, or "".
-    """
-
-    operation: str
-    why: str
-    where: str = ""
-    code: str = ""
+    operation: str  # the primitive's name
+    why: str  # what it does with rows, as the end of a sentence
+    where: str = ""  # the user's `file:line in function`, or "" where none is known
+    code: str = ""  # the statement on that line, or ""
+    # a sum over rows was divided by another one, as in a mean over valid tokens
     ratio: bool = False
-    fix: str = ""
+    fix: str = ""  # how to write the same so that rows can be split, or ""
 
     def __str__(self) -> str:
         return f"{self.operation} {self.why}" + (f" ({self.where})" if self.where else "")
@@ -60,25 +52,19 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class PerRow:
-    """A value whose part for a row depends on this row alone.
+    """A value whose part for a row depends on this row alone."""
 
-    Attributes:
-      dim: the dim that holds the rows. It may hold more than them: its size is
-        `outer · n · inner`, and element `(o · n + row) · inner + i` belongs to `row`. So
-        `[batch, length]` reshaped to `[batch · length]` has `inner = length`, and two views of a
-        batch one behind another, `[2 · batch]`, have `outer = 2`.
-      outer: blocks of all rows.
-      inner: elements of each row, side by side.
-      degree: each row's part grows as `n**degree`.
-      role: `"values"`; or, of an `iota` over rows, `"index"`: the row's own number, `"shifted"`:
-        that plus something, `"test"`: whether it is negative. JAX's indexing makes these three of
-        `x[jnp.arange(n), labels]`; as data they would depend on a row's place in the batch.
-    """
-
+    # the dim that holds the rows. It may hold more than them: its size is `outer · n · inner`, and
+    # element `(o · n + row) · inner + i` belongs to `row`. So `[batch, length]` reshaped to
+    # `[batch · length]` has `inner = length`, and two views of a batch one behind another,
+    # `[2 · batch]`, have `outer = 2`.
     dim: int
-    outer: int = 1
-    inner: int = 1
-    degree: Degree = 0
+    outer: int = 1  # blocks of all rows
+    inner: int = 1  # elements of each row, side by side
+    degree: Degree = 0  # each row's part grows as `n**degree`
+    # `"values"`; or, of an `iota` over rows, `"index"`: the row's own number, `"shifted"`: that
+    # plus something, `"test"`: whether it is negative. JAX's indexing makes these three of
+    # `x[jnp.arange(n), labels]`; as data they would depend on a row's place in the batch.
     role: str = "values"
 
     @property
@@ -96,13 +82,9 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class RowSum:
-    """A sum over rows of what depends on one row each, times a constant.
+    """A sum over rows of what depends on one row each, times a constant."""
 
-    Attributes:
-      degree: of the whole: 1 for `x.sum()`, 0 for `x.mean()`.
-    """
-
-    degree: Degree = 1
+    degree: Degree = 1  # of the whole: 1 for `x.sum()`, 0 for `x.mean()`
 
 
 @dataclasses.dataclass(frozen=True)

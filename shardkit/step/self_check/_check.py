@@ -15,8 +15,8 @@ from ..._core.train_state import TrainState
 from ..._core.tree import ends_path, list_leaves
 from ..._core.types import Batch, Loss, Params
 from .._ambient import no_ambient_mesh
+from ..optim._extra_args import LossAskedError
 from ._gradient import GradientTest, Limits, choose_direction
-from ._probes import EvaluatesLossError
 from ._result import Check, SelfCheck
 
 if TYPE_CHECKING:
@@ -30,14 +30,7 @@ _ORDERED = {"cumsum", "cumlogsumexp", "cumprod", "cummax", "cummin", "sort", "to
 def run_self_check(
     bound: "BoundSpec", programs: "CompiledFunctions", state: TrainState, batch: Batch
 ) -> SelfCheck:
-    """Makes every check; the state stays.
-
-    Args:
-      bound: the spec and its mesh.
-      programs: of the form of the batch.
-      state: as the next update would get it.
-      batch: on the mesh.
-    """
+    """Makes every check of a batch on the mesh; the state, as the next update gets it, stays."""
     began = time.perf_counter()
     with no_ambient_mesh():
         run = _Run(bound, programs, state, batch)
@@ -60,7 +53,6 @@ class _Run:
         self._spec, self._programs, self._probes = bound.spec, programs, programs.probes
         self._state, self._batch, self.evaluations = state, batch, 0
         self._rows = programs.layout.rows
-        lossy = bound.spec.strategy.compression is not None
         words = np.asarray(jax.random.key_data(state.key)).ravel()
         self._rng = np.random.default_rng([int(x) for x in (*words, state.step)])
         known = {name for name in ("gradients", "training_loss") if name in vars(programs)}
@@ -70,7 +62,7 @@ class _Run:
         self._limits = Limits.of(
             dtypes.lowest,
             loss.lowest,
-            lossy=lossy,
+            lossy=bound.spec.strategy.compression is not None,
             reduce_dtype=bound.spec.precision.reduce_dtype,
         )
         compiled = {"gradients": self._gradient_program, "training_loss": self._loss_program}
@@ -116,8 +108,10 @@ class _Run:
     def _check_losses(self, loss: float) -> Iterator[Check]:
         """The gradient's loss against the loss program's: of its rows, and of rearranged ones."""
         reason = self._order_matters()
-        splits = self._splits_rows()
-        rows = self._rows
+        spec, rows = self._spec, self._rows
+        # Its loss must then be a mean over rows.
+        splits = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
+        splits = splits or spec.mode == "shard_map"
         if reason or not (splits and rows % 2 == 0):
             yield self._compare_loss("loss", loss, [self._totals(self._state, self._batch)])
         else:
@@ -138,9 +132,7 @@ class _Run:
         wanted = total / weight if weight else 0.0
         level = max([abs(loss), *(abs(t / w) for t, w in pairs if w)])
         gap = abs(loss - wanted) / level if level else 0.0
-        other = (
-            "rows on other devices, in two parts," if len(pairs) > 1 else "rows on other devices"
-        )
+        other = f"rows on other devices{', in two parts,' if len(pairs) > 1 else ''}"
         whose = "the loss alone" if name == "loss" else other
         why = f"the compiled gradient's loss is {loss:.7g}, {whose} give {wanted:.7g}"
         return Check.of(name, gap, self._limits.loss, why=why)
@@ -148,7 +140,8 @@ class _Run:
     def _order_matters(self) -> str:
         """Why rearranged rows may rightly have another loss, or nothing."""
         jaxpr = self._loss_program.jaxpr.jaxpr
-        if self._draws():
+        # The step's own keys are folds and splits of scalars.
+        if any(draw.kind in ("bits", "gamma") for draw in list_draws(jaxpr)):
             return "the loss draws random numbers"
         names = {eqn.primitive.name for eqn in equations(jaxpr)} & _ORDERED
         if names:
@@ -157,17 +150,6 @@ class _Run:
         if isinstance(loss, Loss) and loss.stateful:
             return "the loss has state, such as statistics of the batch"
         return ""
-
-    def _draws(self) -> bool:
-        """Whether the loss draws; the step's own keys are folds and splits of scalars."""
-        draws = list_draws(self._loss_program.jaxpr.jaxpr)
-        return any(draw.kind in ("bits", "gamma") for draw in draws)
-
-    def _splits_rows(self) -> bool:
-        """Whether the step splits its rows, so that its loss must be a mean over them."""
-        spec = self._spec
-        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
-        return apart or spec.mode == "shard_map"
 
     def _check_gradient(self, loss: float, grads: Params) -> Check:
         state, probes = self._state, self._probes
@@ -237,7 +219,7 @@ class _Run:
         args = (self._state, grads, metrics["loss"], after, jnp.float32(limits.least))
         try:
             gaps, sizes = np.asarray(self._probe("update_gaps")(*args))
-        except EvaluatesLossError:
+        except LossAskedError:
             return Check.skipped("update", "the optimizer evaluates the loss itself")
         relative = gaps / _floors(sizes, paths, self._probes.paths)
         worst = int(np.argmax(np.where(np.isnan(relative), np.inf, relative)))

@@ -34,35 +34,23 @@ _TOO_NOISY = "the loss is too rough along this direction; floats of more bits wo
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Thresholds of a compute dtype, relative to the scale. See `docs/self_check.md`.
+    """Thresholds of a compute dtype, relative to the scale. See `docs/self_check.md`."""
 
-    Attributes:
-      loss: two programs of one loss.
-      floor: gradient gap that passes whatever the noise.
-      most: gradient gap that no noise excuses.
-      rounding: of the loss, relative: what one evaluation may be off by.
-      update: of one update, relative to the change.
-      least: gradients below this part of the largest one are not held to an update.
-    """
-
-    loss: float
-    floor: float
-    most: float
-    rounding: float
-    update: float
-    least: float
+    loss: float  # two programs of one loss
+    floor: float  # gradient gap that passes whatever the noise
+    most: float  # gradient gap that no noise excuses
+    rounding: float  # of the loss, relative: what one evaluation may be off by
+    update: float  # of one update, relative to the change
+    least: float  # gradients below this part of the largest one are not held to an update
 
     @classmethod
     def of(
         cls, compute_dtype: str, loss_dtype: str, *, lossy: bool, reduce_dtype: str | None = None
     ) -> "Limits":
-        """Limits of a step.
+        """Limits of a step that computes in one dtype, by a loss program in another.
 
-        Args:
-          compute_dtype: of the step.
-          loss_dtype: of the loss program.
-          lossy: gradients are compressed, which costs a percent or so.
-          reduce_dtype: of the sum over gradient shards, if it is not that of the parameters.
+        Gradients are `lossy` if they are compressed, which costs a percent or so. `reduce_dtype` is
+        that of the sum over gradient shards, if it is not that of the parameters.
         """
         # A bf16 loss is off by a bf16 rounding over the root of the number of its terms.
         rounding = 1.2e-7 if jnp.finfo(loss_dtype).bits >= 32 else 2e-4
@@ -82,19 +70,12 @@ class Limits:
 
 @dataclasses.dataclass
 class Direction:
-    """A direction in the space of all parameters.
+    """A direction in the space of all parameters."""
 
-    Attributes:
-      seeds: u32[L], of the signs of each leaf.
-      amounts: f32[L], how far the elements of each leaf move at step 1.
-      norms: f32[L], of the gradient of each leaf.
-      slopes: f32[L], ⟨g, signs⟩ of each leaf.
-    """
-
-    seeds: np.ndarray
-    amounts: np.ndarray
-    norms: np.ndarray
-    slopes: np.ndarray
+    seeds: np.ndarray  # u32[L], of the signs of each leaf
+    amounts: np.ndarray  # f32[L], how far the elements of each leaf move at step 1
+    norms: np.ndarray  # f32[L], of the gradient of each leaf
+    slopes: np.ndarray  # f32[L], ⟨g, signs⟩ of each leaf
 
     def scale(self, step: float, leaves: Sequence[int] | slice = slice(None)) -> float:
         """What the leaves are expected to contribute to L(p+v) - L(p-v), root of squares."""
@@ -105,12 +86,9 @@ class Direction:
 def choose_direction(
     measure: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator, n: int
 ) -> Direction:
-    """Chooses signs and amounts for every leaf.
+    """Chooses signs and amounts for each of `n` leaves.
 
-    Args:
-      measure: u32[L] seeds → f32[3, L]: rms of the parameters, norm of the gradient, ⟨g, signs⟩.
-      rng: draws the seeds.
-      n: number of leaves L.
+    `measure` is u32[n] seeds → f32[3, n]: rms of the parameters, norm of the gradient, ⟨g, signs⟩.
     """
     seeds = rng.integers(0, 2**32, (_CANDIDATES, n), dtype=np.uint32)
     measured = np.stack([np.asarray(measure(row), np.float64) for row in seeds])
@@ -134,19 +112,12 @@ def choose_direction(
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """What two difference quotients, of steps h and 2h, say about a gradient.
+    """What two difference quotients, of steps h and 2h, say about a gradient."""
 
-    Attributes:
-      step: h.
-      error: r over the scale, with its sign; a number that is not finite passes nothing.
-      needed: largest |r| that the noise explains, or the floor.
-      truncates: whether truncation is most of the noise.
-    """
-
-    step: float
-    error: float
-    needed: float
-    truncates: bool
+    step: float  # h
+    error: float  # r over the scale, with its sign; a number that is not finite passes nothing
+    needed: float  # largest |r| that the noise explains, or the floor
+    truncates: bool  # whether truncation is most of the noise
 
     def passes(self, most: float) -> bool:
         """Whether the gradient is as right as can be told, and that can be told."""
@@ -161,21 +132,14 @@ class _Attempt:
 
 @dataclasses.dataclass
 class GradientTest:
-    """Difference quotients of one loss, one gradient and one direction.
+    """Difference quotients of one loss, one gradient and one direction."""
 
-    Attributes:
-      direction: along which.
-      loss: `amounts → L(p + v)`, one evaluation.
-      predict: `amounts → f32[L]`, what each leaf adds to L(p+v) - L(p-v) by its gradient.
-      limits: of the compute dtype.
-      level: |L|, which the rounding of an evaluation is relative to.
-    """
-
-    direction: Direction
-    loss: Callable[[np.ndarray], float]
+    direction: Direction  # along which
+    loss: Callable[[np.ndarray], float]  # `amounts → L(p + v)`, one evaluation
+    # `amounts → f32[L]`, what each leaf adds to L(p+v) - L(p-v) by its gradient
     predict: Callable[[np.ndarray], np.ndarray]
-    limits: Limits
-    level: float
+    limits: Limits  # of the compute dtype
+    level: float  # |L|, which the rounding of an evaluation is relative to
 
     def run(self) -> tuple[Check, float]:
         """Makes the check; returns it with the step that it took.
@@ -213,9 +177,7 @@ class GradientTest:
 
     def _residual(self, step: float, leaves: np.ndarray | None = None) -> float:
         amounts = step * self.direction.amounts
-        if leaves is not None:
-            amounts = np.where(leaves, amounts, 0).astype(np.float32)
-        amounts = amounts.astype(np.float32)
+        amounts = (amounts if leaves is None else np.where(leaves, amounts, 0)).astype(np.float32)
         difference = self.loss(amounts) - self.loss(-amounts)
         return difference - float(np.sum(self.predict(amounts), dtype=np.float64))
 
@@ -226,7 +188,7 @@ class GradientTest:
         ones the half that is further off is followed.
         """
         n = len(self.direction.amounts)
-        held, gap = np.ones(n, bool), np.inf
+        held = np.ones(n, bool)
         while held.sum() > 1:
             members = np.flatnonzero(held)
             halves = []
@@ -240,5 +202,4 @@ class GradientTest:
         index = int(np.flatnonzero(held)[0])
         own = self.direction.scale(step, [index])
         error = abs(self._residual(step, held))
-        gap = error / own if own else np.inf
-        return index, gap
+        return index, error / own if own else np.inf

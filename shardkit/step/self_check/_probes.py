@@ -36,16 +36,8 @@ if TYPE_CHECKING:
 _MIX_1, _MIX_2, _STRIDE = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1
 
 
-class EvaluatesLossError(Exception):
-    """An optimizer evaluates the loss, so that its update is not a function of the gradients."""
-
-
 class Probes:
-    """Small programs of one step, each compiled when it is first used.
-
-    Attributes:
-      paths: path and type of each trained parameter, in JAX's order: L of them.
-    """
+    """Small programs of one step, each compiled when it is first used."""
 
     def __init__(
         self,
@@ -59,6 +51,7 @@ class Probes:
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._partition = layout.partition
+        # Path and type of each trained parameter, in JAX's order: L of them.
         self.paths = tuple(leaves_by_path(layout.partition.trained(layout.state.params), "params"))
 
     def _jit(self, run: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
@@ -195,26 +188,15 @@ class Probes:
         that of the change itself. Elements of parameters whose gradient is below `least` times the
         largest one are left out: Adam divides a gradient by its own size, so two correct programs
         may move an element in opposite directions where its gradient is zero but for rounding.
-
-        Raises (when it is first called):
-          EvaluatesLossError: the optimizer evaluates the loss, as line searches do.
+        Its first call raises LossAskedError if the optimizer evaluates the loss itself.
         """
-
-        def refuse(params: Params) -> Any:
-            raise EvaluatesLossError
 
         def run(
             before: TrainState, grads: Params, loss: Scalar, after: TrainState, least: Scalar
         ) -> jax.Array:
             start, end = map(self._partition.trained, (before.params, after.params))
-            updates, opt_state = call_update(
-                self._spec.optimizer,
-                grads,
-                before.opt_state,
-                start,
-                loss,
-                value_and_grad=refuse,
-            )
+            args = grads, before.opt_state, start, loss
+            updates, opt_state = call_update(self._spec.optimizer, *args)
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), start, updates)
             tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
             bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))
@@ -253,15 +235,8 @@ def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
     old, want, got = (jnp.where(sure, x, 0) for x in (before, expected, after))
     size = np.sqrt(max(expected.size, 1))
     roundings = 100 * float(jnp.finfo(expected.dtype).eps) * _norm(want)
-    return (
-        jnp.stack(
-            [
-                _norm(widen(got) - widen(want)),
-                jnp.maximum(_norm(widen(want) - widen(old)), roundings),
-            ]
-        )
-        / size
-    )
+    change = jnp.maximum(_norm(widen(want) - widen(old)), roundings)
+    return jnp.stack([_norm(widen(got) - widen(want)), change]) / size
 
 
 def _map(run: Any, tree: PyTree, *rows: jax.Array) -> PyTree:

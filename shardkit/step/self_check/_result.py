@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from ..._core.errors import Problem, VerificationError, count, format_problems
+from ..._core.errors import Problem, VerificationError, count, raise_all
 from ..._core.io._table import Column, Table
 
 Verdict = Literal["ok", "FAILED", "too noisy", "not checked"]
@@ -66,9 +66,8 @@ class Check:
     def problem(self) -> Problem:
         """The failed check as a row of an error."""
         numbers = f"the gap is {self.gap:.1e}, at most {self.threshold:.1e} passes"
-        return Problem(
-            self.leaf or self.name, f"{self.name}: {self.why}; {numbers}", _FIXES[self.name]
-        )
+        why = f"{self.name}: {self.why}; {numbers}"
+        return Problem(self.leaf or self.name, why, _FIXES[self.name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,23 +113,20 @@ class SelfCheck:
         Raises:
           VerificationError: with every check that failed, its leaf, numbers and a fix.
         """
-        if self.ok:
-            return self
         headline = (
             f"The compiled step contradicts itself on mesh ({self.mesh}): "
             f"{count(len(self.failed), 'check')} of {len(self.checks)} failed."
         )
-        raise VerificationError(format_problems(headline, [c.problem for c in self.failed]))
+        raise_all(VerificationError, headline, [check.problem for check in self.failed])
+        return self
 
     @property
     def line(self) -> str:
         """The result in one line, as a run prints it."""
         gradient = next((c for c in self.checks if c.name == "gradient"), None)
-        parts = (
-            [f"gradient gap {gradient.gap:.1e} (at most {gradient.threshold:.1e})"]
-            if gradient and gradient.verdict != "not checked"
-            else []
-        )
+        parts = []
+        if gradient and gradient.verdict != "not checked":
+            parts = [f"gradient gap {gradient.gap:.1e} (at most {gradient.threshold:.1e})"]
         for verdict in ("FAILED", "too noisy", "not checked"):
             if names := [c.name for c in self.checks if c.verdict == verdict]:
                 parts.append(f"{', '.join(names)} {verdict}")
@@ -142,14 +138,8 @@ class SelfCheck:
 
     def __str__(self) -> str:
         """A table of at most 100 columns, and the line below it."""
-        columns = [
-            "check",
-            Column("gap", right=True),
-            Column("at most", right=True),
-            "",
-            "leaf",
-            "why",
-        ]
+        gap, most = Column("gap", right=True), Column("at most", right=True)
+        columns = ["check", gap, most, "", "leaf", "why"]
         table = Table(columns, [_cells(check) for check in self.checks], indent=2)
         return f"self check on mesh ({self.mesh})\n{table.to_text(_WIDTH)}\n{self.line}"
 

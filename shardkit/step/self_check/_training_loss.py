@@ -32,17 +32,11 @@ Totals = tuple[Scalar, Scalar]
 
 @dataclasses.dataclass(frozen=True)
 class LossProgram:
-    """The compiled training loss.
+    """The compiled training loss."""
 
-    Attributes:
-      program: `(state, batch) → (total, weight)`.
-      policy: the dtype policy by which it sees the parameters; see `policy_dtype`.
-      lowest: of the dtypes in which it sees them, the one with the largest roundings.
-    """
-
-    program: CompiledProgram
-    policy: str | None
-    lowest: str
+    program: CompiledProgram  # `(state, batch) → (total, weight)`
+    policy: str | None  # the dtype policy by which it sees the parameters; see `policy_dtype`
+    lowest: str  # of the dtypes in which it sees them, the one with the largest roundings
 
     @classmethod
     def of(
@@ -91,14 +85,10 @@ def build_training_loss(
     *,
     per_shard: bool,
 ) -> Callable[[TrainState, Batch], Totals]:
-    """Builds `(state, batch) → (total, weight)`, f32[] or f64[], over all micro-batches.
+    """Builds `(state, batch) → (total, weight)`, f32[] or f64[], over all micro-batches: `steps`.
 
-    Args:
-      objective: the training loss of one micro-batch.
-      compute: casts the parameters as the loss sees them.
-      layout: which dims of the batch count rows, and its shardings.
-      steps: micro-batches.
-      per_shard: gradients are kept apart, by a loss that does not split its key itself.
+    `objective` is of one of them; `compute` casts the parameters as it sees them. Gradients are
+    kept apart (`per_shard`) by a loss that does not split its key itself.
     """
 
     def key_of(key: Key, index: Any) -> Key:

@@ -29,15 +29,10 @@ _INNER = ("jaxpr", "call_jaxpr")
 
 
 def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
-    """Returns the types of a program's results.
+    """Returns the types of the results of a program, open or closed, that was traced without types.
 
-    Args:
-      jaxpr: open or closed, traced without types.
-      inputs: the types of its arguments; constants have none.
-
-    Returns:
-      One type for each result; and whether some loop or branch inside has values whose types have
-      to be widened, which JAX refuses to do by itself.
+    Also whether some loop or branch inside has values whose types have to be widened, which JAX
+    refuses to do by itself. Constants have no types.
     """
     jaxpr = open_jaxpr(jaxpr)[0]
     types: dict[Any, AxisTypes] = dict.fromkeys(jaxpr.constvars, frozenset())
@@ -59,9 +54,7 @@ def loop_types(
 ) -> tuple[list[AxisTypes], Followed]:
     """Returns the types of a carry after any number of turns, and what the last turn gives.
 
-    Args:
-      body: types of a carry → types of the body's results, the next carry first.
-      carry: types of the first carry.
+    `body` takes types of a carry, and gives those of its results, the next carry first.
     """
     carry = list(carry)
     while True:

@@ -26,20 +26,14 @@ SumBuffer = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ParamPlan:
-    """How one parameter is stored and gathered, and how its gradient is reduced.
+    """How one parameter is stored and gathered, and how its gradient is reduced."""
 
-    Attributes:
-      stored: mesh axes per dim that split the parameter.
-      gathered: those of them that the step gathers before it calls the loss.
-      scattered: mesh axes per dim over which the gradient is reduce-scattered: the gathered ones,
-        and those that split the update further than the parameter.
-      summed: the other mesh axes over which the gradient is summed.
-    """
-
-    stored: Dims
-    gathered: Dims
+    stored: Dims  # mesh axes per dim that split the parameter
+    gathered: Dims  # those of them that the step gathers before it calls the loss
+    # mesh axes per dim over which the gradient is reduce-scattered: the gathered ones, and those
+    # that split the update further than the parameter
     scattered: Dims
-    summed: Axes
+    summed: Axes  # the other mesh axes over which the gradient is summed
 
     @property
     def varying(self) -> Axes:
@@ -57,15 +51,9 @@ def flatten_dims(dims: Dims) -> Axes:
 def reduce_gradients(
     grads: Sequence[jax.Array], parameters: Sequence[ParamPlan], sum_buffer: SumBuffer
 ) -> list[jax.Array]:
-    """Sums the gradients of all devices' rows.
+    """Sums the gradients of all devices' rows, in their own dtypes, into each device's shards.
 
-    Args:
-      grads: leaves on this device, shaped as the loss sees the parameters, in the dtype of the sum.
-      parameters: plans of the same leaves.
-      sum_buffer: sums a buffer; see `SumBuffer`.
-
-    Returns:
-      Gradients of each device's shards, in the same dtypes.
+    They are leaves on this device, shaped as the loss sees the parameters.
     """
     groups: dict[tuple[Axes, Axes, frozenset[str], str], list[int]] = {}
     for index, plan in enumerate(parameters):
@@ -91,19 +79,13 @@ def reduce_gradients(
 
 
 class GradientSum:
-    """Sums buffers over mesh axes, and keeps the residuals that compression leaves.
-
-    Attributes:
-      model_state: model state of one device, its residuals updated by every sum.
-    """
+    """Sums buffers over mesh axes, and keeps the residuals that compression leaves."""
 
     def __init__(self, compression: GradientCompression | None, model_state: PyTree) -> None:
-        """Takes the residuals of the last step.
+        """Takes the residuals of the last step, from the model state of one device.
 
-        Args:
-          compression: None sums without compression.
-          model_state: model state of one device. Its residuals are those of gradients of a mean,
-            so steps of different weight share them.
+        They are those of gradients of a mean, so steps of different weight share them. None sums
+        without compression.
         """
         self.model_state, self._compression = model_state, compression
 

@@ -23,49 +23,20 @@ from ._problems import check_supported, own_sharding_problems, raise_problems
 from ._typed_loss import type_loops
 
 
-def build_shard_gradients(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> GradientFn:
-    """Builds the gradients of a loss; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_gradients(local, plan)
-
-
-def build_shard_objective(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> Objective:
-    """Builds a loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, Accumulate())
-    return build_local_objective(local, plan)
-
-
-def build_micro_batch_objective(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
-) -> Objective:
-    """Builds a loss of one micro-batch, with the draws of its gradient; see `plan_shards`."""
-    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_objective(local, plan)
-
-
-def plan_shards(
+def build_on_shards(
     bound: BoundSpec,
     layout: StepLayout,
     objective: Objective,
     args: LossArgs,
+    *,
     accumulate: Accumulate,
-) -> tuple[ShardMapPlan, Objective]:
-    """Plans how a loss runs on shards, and gives the types to its loops that JAX wants there.
+    gradients: bool = False,
+) -> Objective | GradientFn:
+    """Builds a loss of one micro-batch, or the gradients of all, from traces on whole arrays.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: every sharding.
-      objective: the loss.
-      args: abstract arguments of the loss, with the rows of the global batch.
-      accumulate: micro-batches.
-
-    Raises:
-      ShardingError: a constraint of the model cannot be met.
-      StepError: `shard_map` mode does not support the spec or the model.
+    Arguments are abstract, with the rows of the global batch. Raises ShardingError for a constraint
+    of the model that cannot be met, StepError for a spec or model that `shard_map` mode does not
+    support.
     """
     check_supported(bound, layout)
     whole = jax.make_jaxpr(objective)(*args)
@@ -77,7 +48,8 @@ def plan_shards(
     is_local = isinstance(bound.spec.loss_fn, ShardMapLoss)
     local = type_loops(objective, bound.mesh, plan.row_axes, whole, is_local=is_local)
     draws = _match_draws(objective, local, plan, args, whole)
-    return dataclasses.replace(plan, draws=draws), local
+    build = build_local_gradients if gradients else build_local_objective
+    return build(local, dataclasses.replace(plan, draws=draws))
 
 
 def _match_draws(
@@ -95,15 +67,8 @@ def _match_draws(
         `[4, 3]`   on shards, every device having all rows: dim 0 grows with the rows
         `[2, 6]`   on whole arrays, with one device's rows: dim 1 grows with the length
 
-    Args:
-      objective: the loss, on whole arrays.
-      local: the same on shards.
-      plan: without draws.
-      args: abstract arguments, with the rows of the global batch.
-      whole: the loss traced on whole arrays; one without draws is not traced again.
-
-    Raises:
-      StepError: the randomness of the loss cannot be split.
+    `whole` is the loss traced on whole arrays; one without draws is not traced again. Raises
+    StepError if the randomness of the loss cannot be split.
     """
     shards, slices = plan.count(plan.row_axes), plan.count(plan.token_axes)
     draws = RandomDraws(shards, length_shards=slices)

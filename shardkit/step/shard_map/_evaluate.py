@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from ..._core.equations import evaluate, open_jaxpr, user_line
-from ..._core.errors import Problem, StepError, first_line, format_problems
+from ..._core.errors import StepError, first_line
 from ..._core.types import PyTree
 from ...nn._manual_axis_rules import Axes, pvary, untyped, vary_p, varying_axes
 from ._axis_types import (
@@ -41,47 +41,28 @@ _SUMMED = {"psum": jax.lax.psum, "pmax": jax.lax.pmax, "pmin": jax.lax.pmin}
 
 @dataclasses.dataclass(frozen=True)
 class UntypedProgram:
-    """A function of one device's arrays, traced without types.
+    """A function of one device's arrays, traced without types."""
 
-    Attributes:
-      jaxpr: takes the captured arrays, then the arguments.
-      captured: arrays that the function closes over.
-    """
-
-    jaxpr: core.Jaxpr
-    captured: list[jax.Array]
-
-    def with_captured(self, args: Values, each: Any) -> list[Any]:
-        """Returns something for each argument, preceded by `each` for each captured array."""
-        return [each] * len(self.captured) + list(args)
+    jaxpr: core.Jaxpr  # takes the captured arrays, then the arguments
+    captured: list[jax.Array]  # arrays that the function closes over
 
 
 @dataclasses.dataclass(frozen=True)
 class DerivativeRule:
-    """The derivative rule that a function brings, as programs.
+    """The derivative rule that a function brings, as programs."""
 
-    Attributes:
-      forward: `args → results, residuals`.
-      trace_backward: cotangents → `residuals, cotangents → cotangents of the float arguments`.
-    """
-
-    forward: UntypedProgram
+    forward: UntypedProgram  # `args → results, residuals`
+    # cotangents → `residuals, cotangents → cotangents of the float arguments`
     trace_backward: Callable[[Values], UntypedProgram]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardAxes:
-    """The axes that a function of shards may name.
+    """The axes that a function of shards may name."""
 
-    Attributes:
-      mesh: the device mesh, all of whose axes are manual.
-      rows: mesh axes that split the rows.
-      batch: other names for these together, in the user's loss.
-    """
-
-    mesh: Mesh
-    rows: Axes
-    batch: tuple[str, ...]
+    mesh: Mesh  # the device mesh, all of whose axes are manual
+    rows: Axes  # mesh axes that split the rows
+    batch: tuple[str, ...]  # other names for these together, in the user's loss
 
     def whole_mesh(self) -> Mesh | AbstractMesh:
         """The mesh, with one more axis for each name of the batch."""
@@ -92,19 +73,11 @@ class ShardAxes:
         kinds = (AxisType.Auto,) * len(sizes)
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
-    def on_mesh(self, jaxpr: core.Jaxpr) -> core.Jaxpr:
-        """Returns a program with mesh axes in place of the names of the batch."""
-        return rename_axes(jaxpr, dict.fromkeys(self.batch, self.rows)) if self.batch else jaxpr
-
 
 def trace_untyped(
     axes: ShardAxes, run: Callable[..., PyTree], args: Values
 ) -> tuple[UntypedProgram, PyTree]:
-    """Traces a function of one device's arrays.
-
-    Returns:
-      The program, and the shapes of its results.
-    """
+    """Traces a function of one device's arrays; returns the program and its results' shapes."""
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
     specs: Any = PartitionSpec()
     on_device = jax.shard_map(
@@ -116,18 +89,16 @@ def trace_untyped(
     consts = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
     captured = [consts[v] for v in equation.invars if v in consts]
     body, _ = open_jaxpr(equation.params["jaxpr"])
-    return UntypedProgram(axes.on_mesh(body), captured), shapes
+    if axes.batch:
+        body = rename_axes(body, dict.fromkeys(axes.batch, axes.rows))
+    return UntypedProgram(body, captured), shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates programs inside a `shard_map`.
+    """Evaluates programs inside a `shard_map`."""
 
-    Attributes:
-      axes: what the programs may name.
-    """
-
-    axes: ShardAxes
+    axes: ShardAxes  # what the programs may name
 
     def run(self, program: Any, args: Values) -> list[Any]:
         """Returns the results of a program on typed values."""
@@ -252,8 +223,7 @@ def _bind(equation: core.JaxprEqn, values: list[Any]) -> Values:
         why = f"`{code}` has no types on shards ({first_line(error)})"
         fix = 'mode="auto"; or sk.ShardMapLoss(local, reference), whose local loss casts by itself'
         headline = 'mode="shard_map" does not support this loss.'
-        problem = Problem(f"{name} ({where})", why, fix)
-        raise StepError(format_problems(headline, [problem])) from error
+        raise StepError.of(headline, f"{name} ({where})", why, fix) from error
     return results if equation.primitive.multiple_results else [results]
 
 

@@ -15,31 +15,21 @@ from .._objective import LossOutput
 def reduce_output(
     output: LossOutput, rows: Axes, model_state: PyTree, equal_state: Sequence[bool]
 ) -> LossOutput:
-    """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
+    """Sums one device's loss and metrics over those of the rows; values equal on all devices stay.
 
-    Args:
-      output: of one device.
-      rows: mesh axes that split the rows.
-      model_state: that the loss was called with.
-      equal_state: for each leaf of the new state, whether all devices of the rows compute the same.
-
-    Raises:
-      StepError: a result varies over an axis that does not split the rows, and needs a psum there;
-        or new state varies over any.
+    `model_state` is what the loss was called with; `equal_state` says for each leaf of the new one
+    whether all devices of the rows compute the same. Raises StepError if a result varies over an
+    axis that does not split the rows, and needs a psum there; or new state varies over any.
     """
     leaves, structure = jax.tree.flatten(output.model_state)
     new_state = structure.unflatten(
         _typed_equal(x, rows) if equal else x for x, equal in zip(leaves, equal_state, strict=True)
     )
     means = {"loss": output.loss, **output.metrics}
-    raise_all(
-        StepError,
-        "The loss on shards returns values that differ between devices with the same rows.",
-        [
-            *(p for name, mean in means.items() for p in _varying_problems(name, mean, rows)),
-            *_state_problems(model_state, new_state),
-        ],
-    )
+    problems = [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)]
+    problems += _state_problems(model_state, new_state)
+    headline = "The loss on shards returns values that differ between devices with the same rows."
+    raise_all(StepError, headline, problems)
     names_by_axes: dict[Axes, list[str]] = {}
     for name, mean in means.items():
         axes = tuple(axis for axis in rows if axis in varying_axes(mean.total))
@@ -75,9 +65,8 @@ def _state_problems(before: PyTree, after: PyTree) -> Iterator[Problem]:
 def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
     for axis in sorted((varying_axes(mean.total) | varying_axes(mean.weight)) - set(rows)):
         fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
-        yield Problem(
-            f"output {name!r}", f"differs per {axis!r} shard: add psum/pmean over {axis!r}", fix
-        )
+        why = f"differs per {axis!r} shard: add psum/pmean over {axis!r}"
+        yield Problem(f"output {name!r}", why, fix)
     for axis in sorted((varying_axes(mean.weight) - varying_axes(mean.total)) & set(rows)):
         why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
         yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")

@@ -20,14 +20,7 @@ from ..._core.split_rng import RandomDraws
 from ..._core.tracing import uses_dtype
 from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate, PyTree, Scalar
-from ...nn._manual_axis_rules import (
-    Axes,
-    Dims,
-    ManualAxisRules,
-    Names,
-    ShardMapLoss,
-    varying_axes,
-)
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, varying_axes
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout
@@ -45,38 +38,25 @@ from ._problems import (
 
 @dataclasses.dataclass(frozen=True)
 class ShardMapPlan:
-    """How the loss runs on shards.
+    """How the loss runs on shards."""
 
-    Attributes:
-      bound: the spec and its mesh.
-      accumulate: micro-batches; `"end"` gathers weights and reduces gradients once per step,
-        `"every"` does both in every micro-batch, layer by layer.
-      row_dims: the dim of each leaf of the batch that counts rows.
-      row_axes: mesh axes that split the rows of the batch.
-      token_axes: the other mesh axes that split activations along dims that no parameter has.
-      parameters: plan of each parameter, in the order of the leaves.
-      partition: which parameters are trained.
-      axis_rules: logical axes → mesh axes on shards.
-      specs: specs of `(params, model_state, batch)`.
-      gradients: specs of the gradients that the update receives.
-      equal_state: for each leaf of the new model state, whether no row decides it, as in power
-        iterations of a weight.
-      uses_float16: whether the loss computes in float16, which sums leave the range of.
-      draws: which random draws of the loss grow with rows and length.
-    """
-
-    bound: BoundSpec
+    bound: BoundSpec  # the spec and its mesh
+    # micro-batches; `"end"` gathers weights and reduces gradients once per step, `"every"` does
+    # both in every micro-batch, layer by layer
     accumulate: Accumulate
-    row_dims: RowDims
-    row_axes: Axes
-    token_axes: Axes
-    parameters: tuple[ParamPlan, ...]
-    partition: Partition
-    axis_rules: ManualAxisRules
-    specs: tuple[PyTree, PyTree, PyTree]
-    gradients: PyTree
+    row_dims: RowDims  # the dim of each leaf of the batch that counts rows
+    row_axes: Axes  # mesh axes that split the rows of the batch
+    token_axes: Axes  # the other mesh axes that split activations along dims that no parameter has
+    parameters: tuple[ParamPlan, ...]  # plan of each parameter, in the order of the leaves
+    partition: Partition  # which parameters are trained
+    axis_rules: ManualAxisRules  # logical axes → mesh axes on shards
+    specs: tuple[PyTree, PyTree, PyTree]  # specs of `(params, model_state, batch)`
+    gradients: PyTree  # specs of the gradients that the update receives
+    # for each leaf of the new model state, whether no row decides it, as in power iterations
     equal_state: tuple[bool, ...]
+    # whether the loss computes in float16, which sums leave the range of
     uses_float16: bool = False
+    # which random draws of the loss grow with rows and length
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -108,16 +88,9 @@ class ShardMapPlan:
 def build_plan(
     bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr, accumulate: Accumulate
 ) -> ShardMapPlan:
-    """Plans how a loss runs on shards; the result has no draws yet.
+    """Plans how a loss, traced on whole arrays, runs on shards; the result has no draws yet.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: every sharding.
-      jaxpr: the loss, traced on whole arrays.
-      accumulate: micro-batches.
-
-    Raises:
-      StepError: with every problem that `shard_map` mode finds in the spec or the model.
+    Raises StepError with every problem that `shard_map` mode finds in the spec or the model.
     """
     marked = MarkedAxes.of(jaxpr.jaxpr)
     rules, precision = bound.spec.strategy.activations, bound.spec.precision
@@ -191,7 +164,7 @@ def _find_equal_state(
 
 
 def _plan_param(stored: Dims, finer: Dims, gathered: Dims, summed_axes: Axes) -> ParamPlan:
-    """Plans one parameter.
+    """Plans one parameter, by mesh axes per dim, and those along which gradients differ.
 
     With rows over (data, fsdp), a weight `P("fsdp")`, and an update that is split over data too:
 
@@ -200,12 +173,6 @@ def _plan_param(stored: Dims, finer: Dims, gathered: Dims, summed_axes: Axes) ->
         gathered   (fsdp,)         before the loss, or () if the layer gathers it
         scattered  (fsdp, data)    the gathered axes, then those that only the update is split over
         summed     ()              data, if the update were not split over it
-
-    Args:
-      stored: mesh axes per dim that split the parameter.
-      finer: mesh axes per dim that split the update.
-      gathered: mesh axes per dim that the step gathers.
-      summed_axes: mesh axes along which gradients differ, as they split rows or tokens.
     """
     only_update = tuple(b[len(a) :] for a, b in zip(stored, finer, strict=True))
     split = {*flatten_dims(stored), *flatten_dims(only_update)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ..._core.equations import source_of_equation
-from ..._core.errors import Problem, StepError, did_you_mean, first_line, format_problems, raise_all
+from ..._core.errors import Problem, StepError, did_you_mean, first_line, raise_all
 from ..._core.source import find_user_line
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
@@ -26,19 +26,12 @@ from ._buckets import ParamPlan
 
 @dataclasses.dataclass(frozen=True)
 class MarkedAxes:
-    """The logical axes that a model passes to `use_param` and `constrain`.
+    """The logical axes that a model passes to `use_param` and `constrain`."""
 
-    Attributes:
-      weights: axes of each weight that it passes to `use_param`.
-      into: axes that it passes as `into=`.
-      activations: every axis of an activation.
-      stated: every axis that it passes as `source=`, `into=` or `partial=`.
-    """
-
-    weights: frozenset[Names]
-    into: frozenset[str]
-    activations: tuple[str, ...]
-    stated: tuple[str, ...]
+    weights: frozenset[Names]  # axes of each weight that it passes to `use_param`
+    into: frozenset[str]  # axes that it passes as `into=`
+    activations: tuple[str, ...]  # every axis of an activation
+    stated: tuple[str, ...]  # every axis that it passes as `source=`, `into=` or `partial=`
 
     @classmethod
     def of(cls, jaxpr: core.Jaxpr) -> "MarkedAxes":
@@ -55,15 +48,10 @@ class MarkedAxes:
 
 
 def check_supported(bound: BoundSpec, layout: StepLayout) -> None:
-    """Checks a spec before tracing.
-
-    Raises:
-      StepError: with every problem.
-    """
+    """Raises StepError with every problem that a spec has before tracing."""
     whole_loss = not isinstance(bound.spec.loss_fn, ShardMapLoss)
     batch_problems = _batch_problems(layout) if whole_loss else ()
-    problems = [*_kind_problems(bound), *batch_problems]
-    raise_problems(bound, problems)
+    raise_problems(bound, [*_kind_problems(bound), *batch_problems])
 
 
 def raise_problems(bound: BoundSpec, problems: list[Problem]) -> None:
@@ -74,13 +62,10 @@ def raise_problems(bound: BoundSpec, problems: list[Problem]) -> None:
 
 @contextlib.contextmanager
 def explain_loop_types() -> Iterator[None]:
-    """Turns JAX's error about a loop that starts from a constant into a `StepError`.
+    """Turns JAX's error about a loop that starts from a constant into a `StepError`, with its line.
 
     On shards `jnp.zeros(...)` is the same on all devices, and what a loop adds to it is not; JAX
     wants both of one type.
-
-    Raises:
-      StepError: with the line of the user's code.
     """
     try:
         yield
@@ -92,9 +77,9 @@ def explain_loop_types() -> Iterator[None]:
         what = first_line(error).split(" must ")[0]
         why = f"{what} differ: one is a constant, the other depends on a device's rows"
         fix = 'jnp.zeros_like(x[0]) of an array of the batch, not jnp.zeros(...); or mode="auto"'
-        problem = Problem(f"loss_fn at {where}" if where else "loss_fn", why, fix)
+        subject = f"loss_fn at {where}" if where else "loss_fn"
         headline = 'mode="shard_map" cannot trace the loss on shards.'
-        raise StepError(format_problems(headline, [problem])) from error
+        raise StepError.of(headline, subject, why, fix) from error
 
 
 def leaf_problems(
@@ -105,16 +90,7 @@ def leaf_problems(
     marked: MarkedAxes,
     row_axes: Axes,
 ) -> Iterator[Problem]:
-    """Problems of one parameter.
-
-    Args:
-      leaf: the parameter.
-      stored: mesh axes per dim that split it.
-      storage: those that split it in storage but not in its products.
-      axis_rules: logical axes → mesh axes in products.
-      marked: the axes that the model marks.
-      row_axes: mesh axes that split the rows.
-    """
+    """Problems of one parameter; products are not split over `storage`, a part of its axes."""
     names, subject = leaf.axes or (None,) * len(stored), str(leaf.within("params"))
     for dim, (name, axes, storage_axes) in enumerate(zip(names, stored, storage, strict=True)):
         used = axis_rules.axes(name)
@@ -198,9 +174,8 @@ def compression_problems(
     if compression and not all(compression.axis in param.summed for param in parameters):
         axis = compression.axis
         why = f"gradients are not summed over {axis!r}, they are scattered over it or equal"
-        yield Problem(
-            "compression", why, f"an axis of the rows ({_quote_all(row_axes)}) that splits them"
-        )
+        fix = f"an axis of the rows ({_quote_all(row_axes)}) that splits them"
+        yield Problem("compression", why, fix)
 
 
 def own_sharding_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
@@ -213,9 +188,8 @@ def own_sharding_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
             source = source_of_equation(equation)
             place = f" at {source.file}:{source.line}" if source else ""
             why = "would map one device's shard again"
-            yield Problem(
-                f"shard_map{place}", why, 'mode="auto"; or sk.ShardMapLoss(local, reference)'
-            )
+            fix = 'mode="auto"; or sk.ShardMapLoss(local, reference)'
+            yield Problem(f"shard_map{place}", why, fix)
 
 
 def _quote_all(axes: Iterable[str]) -> str:

@@ -22,23 +22,12 @@ _MAY_NEED_TYPES = frozenset({"scan", "while", "cond", "custom_vjp_call"})
 
 
 def type_loops(
-    run: Callable[..., PyTree],
-    mesh: Mesh,
-    rows: Axes,
-    whole: core.ClosedJaxpr,
-    *,
-    is_local: bool,
+    run: Callable[..., PyTree], mesh: Mesh, rows: Axes, whole: core.ClosedJaxpr, *, is_local: bool
 ) -> Callable[..., PyTree]:
-    """Returns a function of shards whose loops have types.
+    """Returns a function of shards whose loops have types; one whose types JAX finds runs as it is.
 
-    A function whose types JAX finds by itself runs as it is.
-
-    Args:
-      run: to be traced inside a `shard_map` over the whole mesh.
-      mesh: the device mesh.
-      rows: mesh axes that split the rows.
-      whole: the function, traced on whole arrays.
-      is_local: whether it is another function on shards.
+    It is to be traced inside a `shard_map` over the whole mesh, whose axes `rows` split the rows.
+    `whole` is the function traced on whole arrays; with `is_local` it is another one on shards.
     """
     axes = ShardAxes(mesh, rows, batch_axes(whole.jaxpr))
     loops = any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr))
@@ -49,8 +38,8 @@ def type_loops(
         flat, structure = jax.tree.flatten(args)
         program, shapes = trace_untyped(axes, lambda *flat: run(*structure.unflatten(flat)), flat)
         evaluator, types = Evaluator(axes), [varying_axes(x) for x in flat]
-        widens = follow_types(program.jaxpr, program.with_captured(types, frozenset()))[1]
-        needed = widens or axes.batch
+        captured = [frozenset[str]()] * len(program.captured)
+        needed = follow_types(program.jaxpr, [*captured, *types])[1] or axes.batch
         if not needed and not _rules_widen(evaluator, program.jaxpr, frozenset().union(*types)):
             return run(*args)
         results = evaluator.run(program.jaxpr, [*program.captured, *flat])
