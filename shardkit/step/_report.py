@@ -163,6 +163,7 @@ def _build_declared(
     compute = precision.compute_dtypes(layout.state.params).only
     reduce = precision.reduce_dtype or compute
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
+    ring_blocks = [cast(int, blocks) for (blocks,) in recorded_facts(jaxpr.jaxpr, RING_BLOCKS)]
     return Declarations(
         kinds=strategy.kinds,
         by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
@@ -172,7 +173,7 @@ def _build_declared(
         activation_bytes=_activation_bytes(bound, layout, constrained),
         layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes), strategy),
         choices=_dim_size("choices", constrained, strategy),
-        ring_blocks=min((n for (n,) in recorded_facts(jaxpr.jaxpr, RING_BLOCKS)), default=None),
+        ring_blocks=min(ring_blocks, default=None),
         rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
             PlacedLeaf(
