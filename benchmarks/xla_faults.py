@@ -100,6 +100,29 @@ def split_window(window):
     return error(gradient(w, x), both(w, x))
 
 
+def grouped_queries(embed):
+    """Attention with one key head on activations whose embed dim is over `embed`."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    x = RNG.normal(size=(4, 4, 16)).astype("f")
+    shapes = {"q": (16, 4, 4), "k": (16, 4), "o": (4, 4, 16)}
+    params = {name: RNG.normal(size=shape).astype("f") / 4 for name, shape in shapes.items()}
+    over = NamedSharding(mesh, P(None, "data", embed))
+
+    def loss(params, x, constrain=False):
+        x = jax.lax.with_sharding_constraint(x, over) if constrain else x
+        q, k = jnp.einsum("bte,ehk->bthk", x, params["q"]), x @ params["k"]
+        scores = jax.nn.softmax(jnp.einsum("bthk,bsk->bhts", q, k))
+        out = jnp.einsum("bhts,bsk->bthk", scores, k)
+        return jnp.mean(jnp.tanh(x + jnp.einsum("bthk,hke->bte", out, params["o"])) ** 2)
+
+    specs = {"q": P(None, None, "data"), "k": P("tensor", ("fsdp", "data")), "o": P()}
+    stored = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    rows = NamedSharding(mesh, P("fsdp", None, ("tensor", "data")))
+    gradient = jax.grad(lambda params, x: loss(params, x, constrain=True))
+    compiled = jax.jit(gradient, in_shardings=(stored, rows), out_shardings=stored)
+    return error(compiled(params, x), jax.grad(loss)(params, x))
+
+
 def error(seen, true):
     """The largest error of any leaf, relative to that leaf's largest value."""
     pairs = zip(jax.tree.leaves(seen), jax.tree.leaves(true), strict=True)
@@ -125,6 +148,8 @@ def main():
         print(f"3 x 3 convolution, images over {images}: {split_images(images):.1e}")
     for window in (None, "tensor"):
         print(f"strided convolution, window over {window}: {split_window(window):.1e}")
+    for embed in (("fsdp", "tensor"), ("tensor", "fsdp")):
+        print(f"grouped queries, embed over {embed}: {grouped_queries(embed):.1e}")
 
 
 if __name__ == "__main__":

@@ -224,6 +224,53 @@ def test_patches_whose_rows_are_split_are_no_lost_order():
     np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
 
 
+def test_rows_of_a_gradient_that_are_gathered_in_another_order_are_refused():
+    """XLA brings x to (f, t) for the product, and gathers the gradient as if it were (t, f).
+
+    Between the two the program exchanges the dims of x by an all-to-all.
+    """
+    x = np.random.default_rng(0).standard_normal((4, 4, 16)).astype("f")
+
+    def attend(params, batch, key):
+        x = jax.lax.with_sharding_constraint(batch["x"], P(None, "d", ("t", "f")))
+        q = jnp.einsum("bte,ehk->bthk", x, params["q"])
+        k = x @ params["k"]
+        scores = jax.nn.softmax(jnp.einsum("bthk,bsk->bhts", q, k))
+        x += jnp.einsum("bthk,hke->bte", jnp.einsum("bhts,bsk->bthk", scores, k), params["o"])
+        return jnp.mean(jnp.tanh(x) ** 2)
+
+    def init(key):
+        shapes = {"q": (16, 4, 4), "k": (16, 4), "o": (4, 4, 16)}
+        return {name: jax.random.normal(key, shape) / 4 for name, shape in shapes.items()}
+
+    rules = {"q": P(None, None, "d"), "k": P("t", ("f", "d")), "o": P()}
+    spec = sk.StepSpec(
+        loss_fn=attend,
+        optimizer=optax.sgd(0.1),
+        init=init,
+        batch={"x": x},
+        strategy=sk.Strategy(params=sk.PathRules(rules), batch=P("f", None, ("t", "d"))),
+        on_miscompiled="report",
+    )
+    mesh = build_mesh("dft")
+    step = spec.compile(mesh)
+    state = step.init(jax.random.key(0))
+
+    def plain(params):
+        q, k = jnp.einsum("bte,ehk->bthk", x, params["q"]), x @ params["k"]
+        scores = jax.nn.softmax(jnp.einsum("bthk,bsk->bhts", q, k))
+        out = jnp.einsum("bhts,bsk->bthk", scores, k)
+        return jnp.mean(jnp.tanh(x + jnp.einsum("bthk,hke->bte", out, params["o"])) ** 2)
+
+    want = jax.grad(plain)(jax.device_get(state.params))["q"]
+    gap = np.abs(step.gradients(state, {"x": x})[1]["q"] - want).max() / np.abs(want).max()
+    found = [one for one in step.report().findings if one.kind == "miscompiled"]
+    assert bool(found) == bool(gap > 1e-3)
+    if found:
+        with pytest.raises(sk.errors.StepError, match="lost the order of devices"):
+            spec.replace(on_miscompiled="error").compile(mesh)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "starts", "want"),
     [

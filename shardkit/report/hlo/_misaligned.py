@@ -23,6 +23,7 @@ from ._parts import (
     Starts,
     differs_within,
     gather,
+    gather_in_order,
     join,
     join_starts,
     permute,
@@ -139,6 +140,8 @@ class _Walk:
                 for parts, name in zip(every, of.operands, strict=True)
                 for shape in here.instructions[name].shapes
             )
+        if of.opcode == "all-to-all":
+            return (self._all_to_all(of, every),) * len(of.shapes)
         if of.opcode in _ELEMENTWISE:
             return (self._elementwise(of, every),)
         if of.opcode not in RULES:
@@ -187,6 +190,25 @@ class _Walk:
         self.found = found
         return carry
 
+    def _all_to_all(self, of: Instruction, operands: Values) -> Parts:
+        """Dims that are split, and in the same place in all pieces of a group, stay as they are.
+
+        One that is whole may be a part of one that is split afterwards: `[8]` is sent as `[2, 4]`.
+        """
+        groups = read_groups(of.attrs.get("replica_groups", "{}"), self.devices)
+        dims = functools.reduce(join, operands).dims
+        split = of.attrs.get("dimensions", "").strip("{} ")
+
+        def stays(dim: int, starts: Starts | None) -> bool:
+            return bool(starts and any(starts)) and str(dim) != split
+
+        return Parts(
+            tuple(
+                starts if stays(dim, starts) and not differs_within(starts, groups) else None
+                for dim, starts in enumerate(dims)
+            )
+        )
+
     def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
         if of.opcode == "collective-permute":
             pairs = read_pairs(of.attrs.get("source_target_pairs", ""))
@@ -197,6 +219,8 @@ class _Walk:
         for dim, starts in enumerate(dims):
             if of.opcode == "all-gather" and moved == str(dim):
                 dims[dim] = gather(starts, shape.dims[dim], groups)
+                if dims[dim] is None and gather_in_order(starts, shape.dims[dim], groups):
+                    self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
             elif starts is not None and differs_within(starts, groups):
                 # One element may be the dim of a contraction, over which each device had one.
                 if of.opcode != "all-gather" and shape.dims[dim] > 1:

@@ -93,6 +93,13 @@ def gather(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Start
     return tuple(starts)
 
 
+def gather_in_order(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
+    """Starts after an all-gather of the same pieces in the order in which they make one run."""
+    if dim is None:
+        return None
+    return gather(dim, size, [np.array(sorted(group, key=lambda i: dim[i])) for group in groups])
+
+
 def scatter(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
     """Starts of a dim after a reduce-scatter into pieces of `size`."""
     if not dim:
