@@ -152,14 +152,13 @@ class _ExpertProbe(Override):
     ) -> Any:
         (x, choice, share, weights, mlp), capacity = args, kwargs["capacity"]
 
-        def mark_slots(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
+        def mark_slots(weights: Any, h: jax.Array, *dot_and_keys: Any) -> jax.Array:
             h = constrain(constrain(h, ROWS, None, None, None), *_EXPERT_SLOTS)
-            y = constrain(mlp(weights, h, dot), *_EXPERT_SLOTS)
+            y = constrain(mlp(weights, h, *dot_and_keys), *_EXPERT_SLOTS)
             return constrain(y, ROWS, None, None, None)
 
-        out = plain(
-            x, choice, share, weights, mlp if capacity is None else mark_slots, capacity=capacity
-        )
+        marked = mlp if capacity is None else mark_slots
+        out = plain(x, choice, share, weights, marked, **kwargs)
         number = jax.tree.leaves(weights)[0].shape[0]
         return record_fact(out, _EXPERTS, number, capacity is not None)
 

@@ -59,6 +59,7 @@ def follow_rows(
 def has_own_derivatives(program: core.Jaxpr) -> bool:
     """Whether anything but JAX's rules for single operations decides a derivative of a program.
 
+    >>> import jax
     >>> plain, own = (jax.make_jaxpr(f)(1.0).jaxpr for f in (jax.nn.silu, jax.nn.relu))
     >>> has_own_derivatives(plain), has_own_derivatives(own)
     (False, True)
