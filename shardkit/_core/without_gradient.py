@@ -1,10 +1,10 @@
 """Values through which a step takes no gradient: a gradient that a model has there is an error."""
 
-import functools
 from typing import Any
 
 import jax
-from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 from .errors import Problem, StepError, raise_all
 
@@ -16,19 +16,34 @@ WEIGHT = Problem(
 )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+without_gradient_p = core.Primitive("shardkit_without_gradient")
+
+
 def without_gradient(problem: Problem, x: Any) -> Any:
     """Returns `x`, an array, as it is.
+
+    An operation of its own and no `jax.custom_jvp`: what replaces derivative rules differentiates
+    those for all of their arguments, where none is asked for too.
 
     Raises (where it is differentiated, and its gradient is not zero by `stop_gradient`):
       StepError: the problem.
     """
-    return x
+    return without_gradient_p.bind(x, problem=problem) if isinstance(x, jax.Array) else x
 
 
-@functools.partial(without_gradient.defjvp, symbolic_zeros=True)
-def _refuse_gradient(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _refuse_gradient(primals: Any, tangents: Any, *, problem: Problem) -> tuple[Any, Any]:
     (x,), (tangent,) = primals, tangents
-    if not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0:
+    if not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0:
         raise_all(StepError, "The gradient of the loss would be another one.", [problem])
-    return x, tangent
+    return without_gradient_p.bind(x, problem=problem), tangent
+
+
+def _batch(args: Any, dims: Any, *, problem: Problem) -> tuple[Any, Any]:
+    return without_gradient_p.bind(args[0], problem=problem), dims[0]
+
+
+without_gradient_p.def_impl(lambda x, *, problem: x)
+without_gradient_p.def_abstract_eval(lambda x, *, problem: x)
+ad.primitive_jvps[without_gradient_p] = _refuse_gradient
+batching.primitive_batchers[without_gradient_p] = _batch
+mlir.register_lowering(without_gradient_p, lambda ctx, x, *, problem: [x])

@@ -26,7 +26,7 @@ _UNBOUNDED = 8  # integers that index nothing: counts, segments
 _FIRST = (
     *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "gather", "pad"),
     *("optimization_barrier", "reshape", "rev", "sharding_constraint", "shardkit_record"),
-    *("slice", "squeeze", "transpose"),
+    *("shardkit_without_gradient", "slice", "squeeze", "transpose"),
 )
 _LOOKUPS = ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min", "max")), "gather")
 

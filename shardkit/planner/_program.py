@@ -15,8 +15,8 @@ from .._core.own_sharding import CONSTRAINT
 
 # Identities as far as bytes go.
 _IDENTITIES = frozenset(
-    f"""name shardkit_record shardkit_use_param stop_gradient copy optimization_barrier pvary
-    reshard {CONSTRAINT}""".split()
+    f"""name shardkit_record shardkit_use_param shardkit_without_gradient stop_gradient copy
+    optimization_barrier pvary reshard {CONSTRAINT}""".split()
 )
 _OWN_CONSTRAINT = (
     "with_sharding_constraint names mesh axes in the model: only meshes with these compile, and "

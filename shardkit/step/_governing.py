@@ -18,8 +18,8 @@ from ._disagreements import Declared, find_disagreeing
 _ELEMENTWISE = frozenset(
     """abs add add_any ceil clamp convert_element_type copy cos custom_jvp_call custom_vjp_call div
     erf exp exp2 expm1 floor integer_pow jit log log1p logistic max min mul name neg pow
-    reduce_precision rsqrt select_n shardkit_record sign sin sqrt square stop_gradient sub
-    tanh""".split()
+    reduce_precision rsqrt select_n shardkit_record shardkit_without_gradient sign sin
+    sqrt square stop_gradient sub tanh""".split()
 )
 _SHARD_MAP = "shard_map"
 _MOST = 32

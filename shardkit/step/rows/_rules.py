@@ -38,7 +38,8 @@ KEEPS_PLACES = frozenset(
     "gather scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max concatenate add lt "
     "gt select_n convert_element_type copy device_put stop_gradient optimization_barrier "
     "sharding_constraint reshard pvary name broadcast_in_dim reshape squeeze transpose slice iota "
-    "dynamic_slice dynamic_update_slice shardkit_record shardkit_constrain".split()
+    "dynamic_slice dynamic_update_slice shardkit_record shardkit_constrain "
+    "shardkit_without_gradient".split()
 )
 
 
@@ -185,7 +186,7 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 _SAME = (
     "neg real imag copy device_put stop_gradient optimization_barrier reduce_precision "
     "sharding_constraint reshard convert_element_type conj pvary "
-    "name shardkit_constrain shardkit_record shardkit_use_param"
+    "name shardkit_constrain shardkit_record shardkit_use_param shardkit_without_gradient"
 )
 
 
