@@ -55,6 +55,8 @@ def read_groups(text: str, devices: int) -> list[np.ndarray]:
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=4] {'b':(1)2}", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
+    >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=2] {'b','a'}", 4)]
+    [[0, 2, 1, 3]]
     """
     groups = _parse_groups(text.strip(), devices)
     if not np.array_equal(np.sort(np.concatenate(groups)), np.arange(devices)):
@@ -138,26 +140,29 @@ def _transpose_iota(dims: list[int], order: str | None) -> np.ndarray:
 
 
 def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[np.ndarray]:
-    """Groups along axes, or parts of axes, of XLA's own mesh.
+    """Groups along axes, or parts of axes, of XLA's own mesh, in the order in which they are named.
 
-    `'b':(2)4` of an axis `b` of 16 reshapes it to [2, 4, 2]; the 4 varies within a group.
+    `'b':(2)4` of an axis `b` of 16 reshapes it to [2, 4, 2]; the 4 varies within a group. The first
+    one named varies slowest: `{'f','d'}` of mesh['d'=2,'f'=2] is one group of devices 0, 2, 1, 3.
     """
     sizes = {name: int(size) for name, size in _SIZE.findall(sizes_text)}
     positions = _parse_device_order(ids_text, math.prod(sizes.values()))
-    factors: dict[str, set[tuple[int, int]]] = {name: set() for name in sizes}
+    named: list[tuple[str, int, int]] = []
     for name, before, size in _AXIS.findall(axes_text):
         if name not in sizes:
             raise ValueError(f"replica_groups name axis {name!r}, which is not in {sizes}")
-        factors[name].add((int(before), int(size)) if size else (1, sizes[name]))
+        named.append((name, int(before), int(size)) if size else (name, 1, sizes[name]))
     dims: list[int] = []
-    inside: list[int] = []
-    for name, full in sizes.items():
+    places: dict[tuple[str, int, int], int] = {}
+    for axis, full in sizes.items():
         done = 1
-        for before, size in sorted(factors[name]):
-            inside.append(len(dims) + 1)
-            dims += [before // done, size]
-            done = before * size
+        for name, before, size in sorted({*named}):
+            if name == axis:
+                places[name, before, size] = len(dims) + 1
+                dims += [before // done, size]
+                done = before * size
         dims.append(full // done)
+    inside = [places[part] for part in dict.fromkeys(named)]
     outside = [d for d in range(len(dims)) if d not in inside]
     grid = positions.reshape(dims).transpose([*outside, *inside])
     return list(grid.reshape(-1, math.prod(dims[d] for d in inside)))
