@@ -200,14 +200,12 @@ class _Walk:
         split = of.attrs.get("dimensions", "").strip("{} ")
 
         def stays(dim: int, starts: Starts | None) -> bool:
-            return bool(starts and any(starts)) and str(dim) != split
+            if not starts or not any(starts) or str(dim) == split:
+                return False
+            return not differs_within(starts, groups)
 
-        return Parts(
-            tuple(
-                starts if stays(dim, starts) and not differs_within(starts, groups) else None
-                for dim, starts in enumerate(dims)
-            )
-        )
+        kept = (starts if stays(dim, starts) else None for dim, starts in enumerate(dims))
+        return Parts(tuple(kept))
 
     def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
         if of.opcode == "collective-permute":

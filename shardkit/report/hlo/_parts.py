@@ -97,7 +97,9 @@ def gather_in_order(dim: Starts | None, size: int, groups: Sequence[np.ndarray])
     """Starts after an all-gather of the same pieces in the order in which they make one run."""
     if dim is None:
         return None
-    return gather(dim, size, [np.array(sorted(group, key=lambda i: dim[i])) for group in groups])
+    starts = dim
+    in_order = [np.array(sorted(group, key=starts.__getitem__)) for group in groups]
+    return gather(dim, size, in_order)
 
 
 def scatter(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
