@@ -116,7 +116,8 @@ REFUSED = {
     "own rbg key": "draws from a key that the loss makes itself",
     "wrapped data": "takes no key of a part of the rows",
     "key as numbers": "reads the words of the key",
-    "counted rows": "picks rows by their place",
+    # Of a pipeline the draws are looked at first, elsewhere the rows.
+    "counted rows": "picks rows by their place|folds in numbers counted over the rows",
     "shuffled rows": "iota counts rows",
 }
 QUICK = ("gamma", "one key a layer", "keys of a row", "own key", "poisson", "key as numbers")
