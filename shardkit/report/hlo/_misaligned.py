@@ -153,9 +153,9 @@ class _Walk:
     def _elementwise(self, of: Instruction, operands: Values) -> Parts:
         shape = of.shapes[0]
         # The predicate of a select may be a scalar.
-        first, *others = [one.dims for one in operands if len(one.dims) == len(shape.dims)]
-        dims = list(first)
-        for other in others:
+        alike = [list(one.dims) for one in operands if len(one.dims) == len(shape.dims)]
+        dims = alike[0] if alike else list(Parts.unknown(shape).dims)
+        for other in alike[1:]:
             pairs = enumerate(zip(dims, other, strict=True))
             dims = [self.compare(of, shape, dim, a, b) for dim, (a, b) in pairs]
         compute, tables = _ARITHMETIC.get(of.opcode), [parts.values for parts in operands]
