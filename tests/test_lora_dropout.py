@@ -30,6 +30,7 @@ from .test_lora_parts import (
     S,
     make_model,
     pipeline,
+    start_at,
 )
 
 RATE = 0.3
@@ -208,18 +209,7 @@ def test_keys_of_rows_that_travel_unpadded_travel_with_them(monkeypatch):
 
 def check_steps(strategy, sizes, options, of_model):
     model, params, floats = make_model(dropout=RATE, **of_model)
-    mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
-    step = sk.StepSpec(
-        loss_fn=model.loss_fn,
-        init=model.init,
-        batch=BATCH,
-        optimizer=SGD,
-        strategy=strategy(),
-        **options,
-    ).compile(mesh)
-    state = step.init(jax.random.key(0))
-    placed = jax.tree.map(jax.device_put, jax.device_get(params), step.shardings.params)
-    state = dataclasses.replace(state, params=placed)
+    step, state = start_at(params, model, strategy, sizes, **options)
     key = jax.random.wrap_key_data(jax.random.key_data(state.key))
     accumulate = options.get("accumulate", 1)
     micro_batches = accumulate if isinstance(accumulate, int) else accumulate.micro_batches

@@ -177,13 +177,8 @@ def pipeline(**options):
     return S.pipeline(micro_batches=micro, **options)
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
-)
-def test_steps_equal_those_written_by_hand(cell):
-    strategy, sizes, options, of_model = CELLS[cell]
-    model, params, floats = make_model(**of_model)
-    losses, first, after = by_hand(floats, of_model.get("capacity"))
+def start_at(params, model, strategy, sizes, **options):
+    """A compiled step and its first state, with these parameters."""
     mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
     step = sk.StepSpec(
         loss_fn=model.loss_fn,
@@ -196,6 +191,17 @@ def test_steps_equal_those_written_by_hand(cell):
     state = step.init(jax.random.key(0))
     placed = jax.tree.map(jax.device_put, jax.device_get(params), step.shardings.params)
     state = dataclasses.replace(state, params=placed)
+    return step, state
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
+)
+def test_steps_equal_those_written_by_hand(cell):
+    strategy, sizes, options, of_model = CELLS[cell]
+    model, params, floats = make_model(**of_model)
+    losses, first, after = by_hand(floats, of_model.get("capacity"))
+    step, state = start_at(params, model, strategy, sizes, **options)
     _, gradients = step.gradients(state, BATCH)
     seen = [float(step.evaluate(state, BATCH)["loss"])]
     for _ in losses:
