@@ -224,6 +224,42 @@ def test_patches_whose_rows_are_split_are_no_lost_order():
     np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
 
 
+def test_shares_of_queries_that_are_split_over_other_rows_are_no_lost_order():
+    """Which queries the sums of a softmax are of is not known, and 1 / sums must not tell it."""
+    x = np.random.default_rng(0).standard_normal((8, 8, 16)).astype("f")
+
+    def attend(params, batch, key):
+        q, k, v = (jnp.einsum("bte,ehk->bthk", batch["x"], params[n]) for n in "qkv")
+        q = jax.lax.with_sharding_constraint(q, P(None, "d", None, None))
+        shares = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+        out = jnp.einsum("bhts,bshk->bthk", shares, v)
+        return jnp.mean(jnp.tanh(batch["x"] + jnp.einsum("bthk,hke->bte", out, params["o"])) ** 2)
+
+    def init(key):
+        shapes = {"q": (16, 2, 8), "k": (16, 2, 8), "v": (16, 2, 8), "o": (2, 8, 16)}
+        return {name: jax.random.normal(key, shape) / 4 for name, shape in shapes.items()}
+
+    rules = {"q": P(None, None, "t"), "k": P(None, "t"), "v": P(), "o": P(None, "t")}
+    step = sk.StepSpec(
+        loss_fn=attend,
+        optimizer=optax.sgd(0.1),
+        init=init,
+        batch={"x": x},
+        strategy=sk.Strategy(params=sk.PathRules(rules), batch=P("t")),
+    ).compile(sk.MeshSpec(d=4, t=2).build())
+    state = step.init(jax.random.key(0))
+
+    def plain(params):
+        q, k, v = (jnp.einsum("bte,ehk->bthk", x, params[n]) for n in "qkv")
+        shares = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+        out = jnp.einsum("bhts,bshk->bthk", shares, v)
+        return jnp.mean(jnp.tanh(x + jnp.einsum("bthk,hke->bte", out, params["o"])) ** 2)
+
+    want = jax.grad(plain)(jax.device_get(state.params))
+    got = step.gradients(state, {"x": x})[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), got, want)
+
+
 def test_rows_of_a_gradient_that_are_gathered_in_another_order_are_refused():
     """XLA brings x to (f, t) for the product, and gathers the gradient as if it were (t, f).
 
