@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shardkit.report import read_ledger
 from shardkit.report.hlo._groups import read_groups, read_pairs, span_of_groups, span_of_pairs
 from shardkit.report.hlo._hlo import parse, parse_shapes
+from shardkit.report.hlo._readers import nearest_maker
 from shardkit.report.hlo._scope import phase_of, scope_of
 from shardkit.report.hlo._trips import TripCounts
 
@@ -263,3 +264,31 @@ def test_a_program_for_another_mesh_or_without_its_first_line_is_told():
     assert not damaged(whole)
     assert damaged(whole, mesh=(("a", 4),)) == ("the program is for 2 devices, the mesh has 4",)
     assert "the text has no HloModule line" in damaged(whole, header="")
+
+
+def test_each_array_of_a_combined_collective_has_its_own_maker():
+    text = """HloModule combined
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (p: f32[4], q: f32[8]) -> f32[8] {
+  %p = f32[4] parameter(0)
+  %q = f32[8] parameter(1)
+  %a = f32[4] negate(%p), metadata={op_name="first"}
+  %b = f32[8] negate(%q), metadata={op_name="second"}
+  %both = (f32[4], f32[8]) all-reduce(%a, %b), to_apply=%add, metadata={op_name="first;second"}
+  %one = f32[8] get-tuple-element(%both), index=1
+  ROOT %copy = f32[8] copy(%one)
+}
+"""
+    module = parse(text)
+    here = module.computations[module.entry]
+
+    def tell(instruction, _):
+        return None if instruction.opcode == "get-tuple-element" else instruction.op_name or None
+
+    assert nearest_maker(module, here, "copy", tell) == "second"
