@@ -22,8 +22,8 @@ without_gradient_p = core.Primitive("shardkit_without_gradient")
 def without_gradient(problem: Problem, x: Any) -> Any:
     """Returns `x`, an array, as it is.
 
-    An operation of its own and no `jax.custom_jvp`: what replaces derivative rules differentiates
-    those for all of their arguments, where none is asked for too.
+    It is a primitive and no `jax.custom_jvp`: `step/shard_map` traces the rules of all custom
+    derivatives, with every argument differentiated, also where the loss takes no gradient.
 
     Raises (where it is differentiated, and its gradient is not zero by `stop_gradient`):
       StepError: the problem.
