@@ -1,6 +1,8 @@
 """What a loss does with the rows of its batch: means and sums of rows, and what mixes them."""
 
 import gc
+import os
+import re
 
 import flax.linen as nn
 import jax
@@ -557,6 +559,51 @@ def test_the_line_is_the_users():
     (state,) = followed(contrastive, X)
     assert state.cause.where.startswith("test_rows.py:")
     assert state.cause.where.endswith("in contrastive")
+
+
+def heavy(x):
+    return x[:, 0] ** 2
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.sum(heavy(x))",
+        "3 - 2 * jnp.sum(errors(p, x) * heavy(x)) / jnp.sum(heavy(x))",
+        "-(errors(p, x) @ heavy(x) / (1e-9 + heavy(x).sum())) + 1",
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(jnp.sum(heavy(x)), 1)",
+        "(errors(p, x) * heavy(x)).sum() / heavy(x).sum().clip(1)",
+        "jnp.divide(errors(p, x) @ heavy(x), jnp.where(heavy(x).sum() > 0, heavy(x).sum(), 1))",
+    ],
+)
+def test_the_fix_of_a_ratio_is_the_same_loss(ratio, tmp_path):
+    def compiled(loss, **options):
+        return sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: W,
+            batch=X,
+            mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
+            strategy=sk.strategies.data(),
+            **options,
+        )
+
+    source = tmp_path / "model.py"
+    source.write_text(f"def loss(p, x, k):\n    return {ratio}\n")
+    os.utime(source, (1e9, 1e9))  # older than this process: its lines are those that run
+    exec(compile(source.read_text(), source, "exec"), module := {**globals()})
+    loss = module["loss"]
+    with pytest.raises(StepError, match="if its weight depends on the parameters") as refused:
+        compiled(loss, accumulate=2)
+    (fix,) = re.findall(r"sk\.Mean\(.*\)(?=(?:, which is .*)?; or, if)", str(refused.value))
+    as_mean = eval(f"lambda p, x, k: {fix}", globals())
+    x = np.random.default_rng(0).normal(size=X.shape).astype("f")
+    want, of_w = jax.value_and_grad(loss)(W, x, None)
+    value, got = jax.value_and_grad(lambda p: of_mean(as_mean(p, x, None)))(W)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(got["w"], of_w["w"], rtol=1e-5)
+    if "where" in ratio:
+        compiled(as_mean, accumulate=2)
 
 
 def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_change():

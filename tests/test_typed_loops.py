@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.ode import odeint
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
@@ -131,6 +132,34 @@ def per_row(params, batch, key):
     return jnp.mean(jax.vmap(of_row)(batch["x"]) ** 2)
 
 
+def ended_by_each_row(params, batch, key):
+    """A while loop of one row under `jax.vmap`, beside one that starts from a constant."""
+
+    def halved(x):
+        def body(carry):
+            size, turns = carry
+            return size / 2, turns + 1.0
+
+        size, turns = jax.lax.while_loop(lambda carry: carry[0] > 0.1, body, (jnp.sum(x**2), 0.0))
+        return size * turns
+
+    weights = jax.lax.stop_gradient(jax.vmap(halved)(batch["x"]))
+    return recurrent(params, {"x": batch["x"] * weights[:, None, None]}, key)
+
+
+def differential_equation(params, batch, key):
+    """`odeint` of each row: its derivative rule refuses to be asked about its constant tables."""
+
+    def path(x):
+        def slope(y, t, w):
+            return jnp.tanh(w @ y) * jnp.cos(t)
+
+        return odeint(slope, x, jnp.linspace(0.0, 1.0, 3), params["w"])[-1]
+
+    ends = jax.vmap(path)(batch["x"][:, 0])
+    return jnp.mean((ends @ params["u"]) ** 2)
+
+
 def weighted_stack(params, batch, key):
     """Layers with a recurrence each, which end in a mean with a weight."""
 
@@ -194,6 +223,18 @@ def test_loops_that_start_from_constants(loss):
 @pytest.mark.parametrize("loss", [online_softmax, per_row], ids=lambda loss: loss.__name__)
 def test_more_loops_that_start_from_constants(loss):
     assert_like_one_device(loss, sk.strategies.data(), {"data": 8})
+
+
+def test_a_loop_that_each_row_ends():
+    assert_like_one_device(ended_by_each_row, sk.strategies.data(), {"data": 8})
+
+
+def test_an_integral_of_each_row():
+    """Its steps are chosen by the size of the gradient too, so parts differ within tolerance."""
+    data = sk.strategies.data()
+    with pytest.raises(sk.errors.StepError, match="depend on how many rows there are"):
+        assert_like_one_device(differential_equation, data, {"data": 8})
+    assert_like_one_device(differential_equation, data, {"data": 8}, independent_rows=True)
 
 
 @pytest.mark.slow

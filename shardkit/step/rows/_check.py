@@ -1,6 +1,5 @@
 """Refuses a loss that is no mean of independent rows where a step splits its rows."""
 
-import ast
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
+from ._as_mean import as_mean
 from ._equation import RowCounts
 from ._follow import follow_rows
 from ._one_row import compare_with_one_row
@@ -41,6 +41,8 @@ _ESCAPE = (
 )
 _FROZEN = "accumulate=1; or sk.Loss(train, evaluate) whose evaluate leaves rows apart"
 WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
+_NO_GUARD = ", which is 0 where its weight is 0"
+_OWN_WEIGHT = "if its weight depends on the parameters"
 
 
 def check_rows(
@@ -293,24 +295,9 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
 def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:
     why = f"{cause}, and {splits} splits the rows"
     if cause.ratio:
-        return Problem(name, why, _as_mean(cause.code))
+        guard = _NO_GUARD if cause.guard else ""
+        return Problem(name, why, f"{as_mean(cause.code)}{guard}; or, {_OWN_WEIGHT}, {WHOLE}")
     return Problem(name, why, f"{cause.fix}; or {whole}" if cause.fix else whole)
-
-
-def _as_mean(code: str) -> str:
-    """`sk.Mean` of the two sides of a division, in the user's own words where they can be read.
-
-    >>> _as_mean("return jnp.sum(e * m) / jnp.sum(m)")
-    'sk.Mean(jnp.sum(e * m), jnp.sum(m))'
-    """
-    try:
-        tree = ast.parse(code)
-    except SyntaxError:
-        tree = ast.Module([], [])
-    for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-            return f"sk.Mean({ast.unparse(node.left)}, {ast.unparse(node.right)})"
-    return "sk.Mean(total, weight) with the two sums over rows, undivided"
 
 
 def _degree(state: State) -> Degree | str:

@@ -105,9 +105,9 @@ class Equation:
         """Dims of a result whose size follows the number of rows."""
         return _differing(self.few.outvars[index], self.many.outvars[index])
 
-    def mixed(self, why: str, *, ratio: bool = False, fix: str = "") -> Mixed:
-        """The state of what mixes rows here, with the user's line."""
-        return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio, fix=fix))
+    def mixed(self, why: str, **hints: Any) -> Mixed:
+        """The state of what mixes rows here, with the user's line; `hints`: fields of `Cause`."""
+        return Mixed(Cause(self.name, why, *user_line(self.few), **hints))
 
     def placed(self, state: State) -> State:
         """A result of a function that is called here: a cause of JAX's own gets this line."""

@@ -234,7 +234,8 @@ def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [equation.mixed(COUNTED)] * len(carry)
     if isinstance(ends, Constant | AlwaysZero | PerRow):
         return carry
-    return [equation.mixed("ends when rows say so, all of them together")] * len(carry)
+    together = equation.mixed("ends when rows say so, all of them together")
+    return [first_mixed(states) or together] * len(carry)
 
 
 def _linear_solve(equation: Equation, states: Sequence[State]) -> Sequence[State]:

@@ -28,6 +28,8 @@ TOGETHER = "combines each row with other ones"
 COUNTED = "is decided by how many rows there are"
 PICKS = "picks rows by their place in the batch"
 NONLINEAR = "is not linear in a sum over rows"
+_WEIGHTED = "sk.Mean(total, weight) with the sums as they are"
+_GUARDS = frozenset("max clamp gt ge lt le eq ne".split())
 BY_ROW = (
     "jax.vmap(f)(rows), or jax.lax.map(f, rows) without batch_size, if f needs one row at a time"
 )
@@ -72,8 +74,9 @@ def _made_of_constants(equation: Equation, states: Sequence[State], index: int) 
 
 
 def first_mixed(states: Sequence[State]) -> Mixed | None:
-    """The first operand whose rows are mixed already."""
-    return next((state for state in states if isinstance(state, Mixed)), None)
+    """The first operand whose rows are mixed already; rather a ratio, whose fix is known."""
+    mixed = [state for state in states if isinstance(state, Mixed)]
+    return min(mixed, key=lambda state: not state.cause.ratio, default=None)
 
 
 def join(equation: Equation, states: Sequence[State]) -> State:
@@ -92,7 +95,8 @@ def join(equation: Equation, states: Sequence[State]) -> State:
         return equation.mixed("uses a sum over rows beside single rows")
     if sums and degree is None:
         why = "adds sums over rows to something that does not grow with them"
-        return equation.mixed(why, fix="means of rows, jnp.mean(...), in place of sums")
+        fix = "means of rows, jnp.mean(...), in place of sums"
+        return equation.mixed(why, fix=fix, guard=len(sums) == 1)
     if sums:
         return RowSum(degree)
     if not rows:
@@ -148,14 +152,18 @@ def product(equation: Equation, states: Sequence[State]) -> State:
 
 @rule("div")
 def _div(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    top, bottom = states
+    if isinstance(top, RowSum) and isinstance(bottom, Mixed) and bottom.cause.guard:
+        return [equation.mixed("divides by a sum over rows", ratio=True, guard=True)]
     if mixed := first_mixed(states):
         return [mixed]
-    top, bottom = states
     if dtype_of(equation.few.invars[0]).kind in "iu":  # it rounds
         return elementwise(equation, states)
     if isinstance(bottom, RowSum):
-        ratio = isinstance(top, RowSum | Constant | AlwaysZero)
-        return [equation.mixed("divides by a sum over rows", ratio=ratio)]
+        fix = f"{_WEIGHTED}, where a weighted mean is meant"
+        return [
+            equation.mixed("divides by a sum over rows", ratio=isinstance(top, RowSum), fix=fix)
+        ]
     if isinstance(top, AlwaysZero):
         return [AlwaysZero()]
     if isinstance(bottom, AlwaysZero):
@@ -293,7 +301,9 @@ def elementwise(
     if mixed := first_mixed(states):
         return [mixed] * outs
     if any(isinstance(state, RowSum) for state in states):
-        return [equation.mixed(NONLINEAR)] * outs
+        guard = equation.name in _GUARDS and not any(isinstance(s, PerRow) for s in states)
+        fix = f"{_WEIGHTED}, if it guards a division: the mean is 0 where the weight is 0"
+        return [equation.mixed(NONLINEAR, guard=guard, fix=fix if guard else "")] * outs
     rows = [state for state in states if isinstance(state, PerRow)]
     if any(isinstance(state, Columns) for state in states):
         return [equation.mixed(PICKS)] * outs

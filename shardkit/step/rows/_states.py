@@ -32,6 +32,7 @@ class Cause:
     code: str = ""  # the statement on that line, or ""
     # a sum over rows was divided by another one, as in a mean over valid tokens
     ratio: bool = False
+    guard: bool = False  # a sum over rows is kept from being zero, as a denominator is
     fix: str = ""  # how to write the same so that rows can be split, or ""
 
     def __str__(self) -> str:

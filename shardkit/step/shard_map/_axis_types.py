@@ -115,10 +115,19 @@ def scan_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[An
 
 
 def while_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[Any, Followed]:
-    """The types of a while loop's carry, which are those of its results."""
-    _, fixed, carry = split_while(equation, inputs)
-    body = equation.params["body_jaxpr"]
-    return loop_types(lambda carry: follow_types(body, [*fixed, *carry]), carry)
+    """The types of a while loop's carry, which are those of its results.
+
+    Where devices take other numbers of turns, whatever a turn changes varies over them.
+    """
+    tested, fixed, carry = split_while(equation, inputs)
+    condition, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
+
+    def turn(carry: Sequence[AxisTypes]) -> Followed:
+        ((goes_on,), in_condition) = follow_types(condition, [*tested, *carry])
+        after, in_body = follow_types(body, [*fixed, *carry])
+        return [types | goes_on for types in after], in_condition or in_body
+
+    return loop_types(turn, carry)
 
 
 def branch_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> Followed:

@@ -7,12 +7,14 @@ the model had written the casts.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -52,7 +54,7 @@ class DerivativeRule:
     """The derivative rule that a function brings, as programs."""
 
     forward: UntypedProgram  # `args → results, residuals`
-    # cotangents → `residuals, cotangents → cotangents of the float arguments`
+    # cotangents → `residuals, cotangents → cotangents of the chosen arguments`
     trace_backward: Callable[[Values], UntypedProgram]
 
 
@@ -104,17 +106,23 @@ class Evaluator:
         """Returns the results of a program on typed values."""
         return evaluate(program, args, lambda _, equation, values: self._evaluate(equation, values))
 
-    def differentiate(self, equation: core.JaxprEqn, args: Values) -> DerivativeRule:
-        """Traces the derivative rule of a function, for the float ones of its arguments."""
+    def differentiate(
+        self, equation: core.JaxprEqn, args: Values, chosen: Sequence[bool] | None = None
+    ) -> DerivativeRule:
+        """Traces the derivative rule of a function, for the chosen ones of its arguments.
+
+        Those are all floats if not given.
+        """
+        chosen = [_is_float(x) for x in args] if chosen is None else chosen
 
         def forward(*args: Any) -> Any:
-            def of_floats(*floats: Any) -> Any:
-                given = iter(floats)
-                every = [next(given) if _is_float(x) else x for x in args]
+            def of_chosen(*values: Any) -> Any:
+                given = iter(values)
+                every = [next(given) if c else x for c, x in zip(chosen, args, strict=True)]
                 params = equation.primitive.get_bind_params(equation.params)
                 return equation.primitive.bind(*every, **params)
 
-            return jax.vjp(of_floats, *filter(_is_float, args))
+            return jax.vjp(of_chosen, *itertools.compress(args, chosen))
 
         program, (_, pullback) = trace_untyped(self.axes, forward, args)
         residuals, structure = jax.tree.flatten(pullback)
@@ -165,14 +173,20 @@ class Evaluator:
     def _while(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
         tested, fixed, carry = split_while(equation, values)
         types, _ = while_types(equation, list(map(varying_axes, values)))
+        # Under `vmap` each element has a condition of its own, and waits for the others.
+        together = not equation.params["cond_jaxpr"].out_avals[0].ndim
 
         def goes_on(carry: list[Any]) -> Any:
             return self.run(equation.params["cond_jaxpr"], [*tested, *carry])[0]
 
         def body(carry: list[Any]) -> list[Any]:
-            return _widen(self.run(equation.params["body_jaxpr"], [*fixed, *carry]), types)
+            after = _widen(self.run(equation.params["body_jaxpr"], [*fixed, *carry]), types)
+            if together:
+                return after
+            return [_choose(goes_on(carry), *pair) for pair in zip(after, carry, strict=True)]
 
-        return jax.lax.while_loop(goes_on, body, _widen(carry, types))
+        any_on = goes_on if together else lambda carry: jnp.any(goes_on(carry))
+        return jax.lax.while_loop(any_on, body, _widen(carry, types))
 
     def _cond(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
         types, _ = branch_types(equation, list(map(varying_axes, values)))
@@ -190,7 +204,9 @@ class Evaluator:
         # What the function gathers, or takes an index of, varies over more than its arguments.
         axes = axes.union(*follow_types(primal, [axes] * len(values))[0])
         types, _ = follow_types(primal, [axes] * len(values))
-        rule = self.differentiate(equation, list(map(jax.typeof, values)))
+        # Constants have no derivative, and some rules refuse to give one: `odeint`'s tables.
+        chosen = [_is_float(x) and isinstance(x, Tracer) for x in values]
+        rule = self.differentiate(equation, list(map(jax.typeof, values)), chosen)
 
         def forward(*values: Any) -> tuple[list[Any], list[Any]]:
             results = self.run(rule.forward.jaxpr, [*rule.forward.captured, *values])
@@ -198,9 +214,9 @@ class Evaluator:
 
         def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
             program = rule.trace_backward(cotangents)
-            of_floats = self.run(program.jaxpr, [*program.captured, *residuals, *cotangents])
-            found = iter(_widen(of_floats, [axes] * len(of_floats)))
-            return tuple(next(found) if _is_float(x.aval) else None for x in equation.invars)
+            of_chosen = self.run(program.jaxpr, [*program.captured, *residuals, *cotangents])
+            found = iter(_widen(of_chosen, [axes] * len(of_chosen)))
+            return tuple(next(found) if each else None for each in chosen)
 
         run = jax.custom_vjp(lambda *values: _widen(self.run(primal, values), types))
         run.defvjp(forward, backward)
@@ -233,6 +249,11 @@ def _joined_types(values: Values) -> AxisTypes:
 
 def _widen(values: Values, types: Sequence[AxisTypes]) -> list[Any]:
     return [pvary(x, tuple(sorted(axes))) for x, axes in zip(values, types, strict=True)]
+
+
+def _choose(on: Any, after: Any, before: Any) -> Any:
+    """`after` where `on`, whose dims are the first ones of both; else `before`."""
+    return jnp.where(on.reshape(on.shape + (1,) * (after.ndim - on.ndim)), after, before)
 
 
 def _is_float(x: Any) -> bool:

@@ -53,7 +53,12 @@ def _rules_widen(evaluator: Evaluator, jaxpr: core.Jaxpr, axes: AxisTypes) -> bo
     for equation in equations(jaxpr):
         if equation.primitive.name != "custom_vjp_call":
             continue
-        rule = evaluator.differentiate(equation, [variable.aval for variable in equation.invars])
+        try:
+            rule = evaluator.differentiate(
+                equation, [variable.aval for variable in equation.invars]
+            )
+        except Exception:  # a rule that takes some arguments as constants; not seen here which
+            return True
         backward = rule.trace_backward([variable.aval for variable in equation.outvars])
         for program in (rule.forward, backward):
             if follow_types(program.jaxpr, [axes] * len(program.jaxpr.invars))[1]:
