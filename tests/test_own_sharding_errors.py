@@ -189,6 +189,50 @@ def test_on_shards_a_shard_map_is_refused_too():
     assert "sk.ShardMapLoss(local, reference)" in text
 
 
+@pytest.mark.parametrize(
+    "form", [mapped, lambda h: jax.device_put(h, NamedSharding(mesh(2, 4), P("data")))]
+)
+def test_what_splits_the_rows_of_the_whole_batch_alone(form):
+    """Each gradient shard has one row, which such a sharding cannot split."""
+    text = refuse(form, batch={"x": jax.ShapeDtypeStruct((4, 16), jnp.float32)}, accumulate=2)
+    assert "is written for 4 rows: fails on 1" in text
+    assert "Fix: no sharding of its own that splits the rows; or the whole batch at once" in text
+
+
+def test_a_constraint_on_another_mesh_over_gradient_shards():
+    other = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    text = refuse(lambda h: constraint(h, NamedSharding(other, P("a", "b"))), accumulate=2)
+    assert "is constrained on another mesh (a=2, b=4) of devices 0, 1, 2" in text
+    assert "with_sharding_constraint(x, P('a', 'b')), which means the mesh of the step" in text
+
+
+def test_on_shards_a_jit_with_shardings_is_refused():
+    shardings = {"in_shardings": NamedSharding(mesh(2, 4), P("data"))}
+    form = jax.jit(jnp.tanh, **shardings)
+    text = refuse(form, mode="shard_map", strategy=sk.Strategy(batch=P("data")))
+    assert "P('data') names axes that are manual there" in text
+    assert "Fix: a jit inside the model without in_shardings and out_shardings" in text
+
+
+def test_a_program_on_which_the_compiler_fails_is_told_with_its_line():
+    """`pmean` over a manual axis of one device, beside an Auto one that splits the rows."""
+
+    def form(h):
+        def centred(x):
+            return x - jax.lax.pmean(x.mean(1, keepdims=True), "tensor")
+
+        by_column = P(None, "tensor")
+        specs = {"in_specs": by_column, "out_specs": by_column}
+        return jax.shard_map(centred, axis_names={"tensor"}, **specs)(h)
+
+    alone = Mesh(np.array(jax.devices()).reshape(8, 1), ("data", "tensor"))
+    text = refuse(form, mesh=alone)
+    assert text.startswith("The compiler fails on this program.")
+    assert "test_own_sharding_errors.py:" in text
+    assert "INTERNAL: " in text
+    assert "a mesh without its axes of size 1 (tensor)" in text
+
+
 def test_a_shard_map_over_the_axes_of_gradient_shards():
     text = refuse(mapped, accumulate=2, independent_rows=True)
     assert "vmap spmd_axis_name cannot appear in shard_map in_specs" in text

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
+from .._core.source import find_user_line
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ..report.hlo._source_lines import source_tables
@@ -110,6 +112,7 @@ def compile_program(
             copied_stderr() as messages,
             _record_cache_hits() as hits,
             _explain_unknown_options(options or {}),
+            _explain_failures(mesh),
             _explain_out_of_memory(args, in_shardings),
         ):
             compiled = found[0] if found else lowered.compile(compiler_options=options)
@@ -208,6 +211,24 @@ def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> It
             "and specs that split more: shardkit plan CONFIG --target T lists what fits"
         )
         raise StepError.of("The program does not fit on its devices.", subject, why, fix) from error
+
+
+@contextlib.contextmanager
+def _explain_failures(mesh: Mesh) -> Iterator[None]:
+    """Names the user's line in an error of the compiler about itself."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith(("INTERNAL", "UNIMPLEMENTED")):
+            raise
+        places = re.findall(r"^\s*(/[^\n]*?):(\d+):\d+ \[", str(error), re.MULTILINE)
+        place = find_user_line((file, int(line)) for file, line in places)
+        alone = [axis for axis, size in mesh.shape.items() if size == 1]
+        fix = "another mesh, mode or spec; plain jax.jit of the loss shows whether it fails as well"
+        if alone:
+            fix = f"a mesh without its axes of size 1 ({', '.join(alone)}); or {fix}"
+        subject, headline = place or "the step", "The compiler fails on this program."
+        raise StepError.of(headline, subject, first_line(error), fix) from error
 
 
 @contextlib.contextmanager

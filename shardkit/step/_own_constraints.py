@@ -83,6 +83,9 @@ def _batch(
     args: Any, dims: Any, *, sharding: NamedSharding, shard_axes: tuple[str, ...], place: str
 ) -> Any:
     (x,), (dim,) = args, dims
+    if not {*shard_axes} <= {*sharding.mesh.axis_names}:
+        # Another mesh than that of the step, which `constraint_problems` will refuse.
+        return jax.lax.with_sharding_constraint(x, sharding), dim
     entries = [*sharding.spec, *[None] * (x.ndim - 1 - len(sharding.spec))]
     kept = [_without(entry, shard_axes) for entry in entries]
     # Axes of dim 0 split the rows, as gradient shards do; those of any other dim split no more.

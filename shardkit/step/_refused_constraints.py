@@ -15,6 +15,7 @@ _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of 
 _MANUAL = "sk.nn.constrain(x, ...), which leaves such axes out; or no constraint there"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
 _ONCE = "each mesh axis once in a spec; under accumulate, a jit inside the model without shardings"
+_WHOLE_JIT = "a jit inside the model without in_shardings and out_shardings"
 _LOGICAL = "nn.with_logical_partitioning(init, names), if the names are not those of mesh axes"
 _AGAIN = " (of "  # in the name of an axis that an earlier logical name has taken
 
@@ -91,6 +92,7 @@ _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], .
             "device's shard along it",
         ),
     ),
+    (r"pspec (P\w*\([^\n]*?\)) contains a manual axes", _says(_WHOLE_JIT, _MANUAL_AXES)),
     (r"Got spec=(P\w*\([^\n]*?\)) and mesh=[^\n]*Explicit", _says(_AUTO, _EXPLICIT_AXES)),
     (
         r"(PartitionSpec passed to \w+) cannot contain axis names that are of type Auto or Manual",

@@ -206,10 +206,12 @@ def _compared(count: int, part: int | None) -> RowCounts:
 
 def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:
     reason = f"{type(error).__name__}: {first_line(error)}"
+    why = f"is written for {count} rows: fails on {rows} ({reason}), and {splits} splits them"
+    if "shard" in reason.lower():  # of the model's own, as a `jax.shard_map`
+        return Problem("loss_fn", why, f"no sharding of its own that splits the rows; or {WHOLE}")
     fix = "sizes from the batch (len(batch[...])), no number of rows written out"
     if None in dims:
         fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
-    why = f"is written for {count} rows: fails on {rows} ({reason}), and {splits} splits them"
     return Problem("loss_fn", why, fix)
 
 

@@ -198,8 +198,9 @@ def _dims(side: Side, rows: RowCounts) -> tuple[Any, ...] | None:
     params, name = equation.params, equation.primitive.name
     kept = [_kept(variables, rows) for variables in _operands(side)]
     order = [dict(zip(dims, itertools.count(), strict=False)) for dims in kept]
-    out = _kept(tuple(e.outvars[0] for e in side), rows)
-    out = dict(zip(out, itertools.count(), strict=False))
+    # A callback for its effect alone has no result.
+    of_result = _kept(tuple(e.outvars[0] for e in side), rows) if equation.outvars else ()
+    out = dict(zip(of_result, itertools.count(), strict=False))
 
     def found(dims: Sequence[int], among: dict[int, int]) -> tuple[int, ...]:
         return tuple(among[dim] for dim in dims if dim in among)
