@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -231,6 +232,27 @@ def test_a_program_on_which_the_compiler_fails_is_told_with_its_line():
     assert "test_own_sharding_errors.py:" in text
     assert "INTERNAL: " in text
     assert "a mesh without its axes of size 1 (tensor)" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2}, {"mode": "shard_map", "strategy": sk.Strategy(batch=P("data"))}],
+    ids=str,
+)
+def test_callbacks_in_order(options):
+    def form(h):
+        jax.debug.print("{}", h[0, 0], ordered=True)
+        jax.debug.callback(lambda x: None, h[0, 0], ordered=True)
+        io_callback(lambda x: None, None, jax.lax.stop_gradient(h[0, 0]), ordered=True)
+        jax.debug.print("{}", h[0, 0])
+        return h
+
+    text = refuse(form, independent_rows=True, **options)
+    assert "A callback cannot keep its order on mesh (data=2, tensor=4)." in text
+    assert "io_callback test_own_sharding_errors.py:" in text
+    # Of those that JAX cannot map over gradient shards the first is told.
+    assert text.count("is ordered, and each device has") == (1 if "accumulate" in options else 3)
+    assert "Fix: ordered=False" in text
 
 
 def test_a_shard_map_over_the_axes_of_gradient_shards():

@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.source import find_user_line
+from .._core.tracing import equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ..report.hlo._source_lines import source_tables
 from ._deadlocks import check_deadlocks
 from ._fourier import check_transforms
 from ._miscompiled import OnMiscompiled, check_miscompiled
+from ._ordered import check_ordered
 from ._program_cache import ProgramCache
 from ._saved_programs import SavedPrograms, name_program, save_programs
 from ._stderr import copied_stderr
@@ -102,6 +104,7 @@ def compile_program(
     with surroundings():
         traced = trace(run)
         check(traced.jaxpr)
+        check_ordered(equations(traced.jaxpr.jaxpr), mesh)
         at_trace = time.perf_counter()
         lowered = traced.lower()
         at_lower = time.perf_counter()

@@ -31,6 +31,7 @@ from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
 from ._objective import LossOutput, Objective, inverse_weight, scale_gradient, value_and_grad
+from ._ordered import refuse_ordered
 from ._own_constraints import move_to_shards
 from ._shard_convolutions import on_shards, on_their_devices
 
@@ -224,8 +225,10 @@ def _accumulate_per_shard(
 
     steps, run_gradient = plan.micro_batches, value_and_grad(without_state)
     axes = plan.layout.shard_axes
+    mesh = plan.bound.mesh
     # After derivative rules of the user's own have been applied.
-    run_shard = rewrite(run_gradient, {**move_to_shards(axes), **on_shards(plan.bound.mesh, axes)})
+    changes = {**move_to_shards(axes), **on_shards(mesh, axes), **refuse_ordered(mesh)}
+    run_shard = rewrite(run_gradient, changes)
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
