@@ -185,3 +185,38 @@ def test_pipelines_skip_too():
     poisoned = {**batch, "gate": np.full_like(batch["gate"], np.nan)}
     state, metrics = step(state, poisoned)
     assert (rest(state), float(metrics["skipped"])) == (before, 1.0)
+
+
+@pytest.mark.parametrize("setting", ["jax_debug_nans", "jax_debug_infs"])
+def test_jax_set_to_raise_at_such_numbers_names_them(setting):
+    """After a first call too, and where JAX then donates nothing, as for `jax_debug_nans`."""
+    jax.config.update(setting, True)
+    try:
+        step = sk.compile_step(
+            lambda params, batch, key: jnp.mean(jnp.log(batch["x"] * params["w"])),
+            optax.adam(0.1),
+            init=lambda key: {"w": jnp.ones((8, 16))},
+            batch=GOOD,
+            mesh=sk.MeshSpec(data=8).build(),
+            strategy=sk.strategies.fsdp("data", min_size=1),
+        )
+        assert not [f for f in step.report().findings if f.kind == "unaliased_donation"]
+        state, metrics = step(step.init(jax.random.key(0)), {"x": np.ones((8, 16), np.float32)})
+        assert np.isfinite(metrics["loss"])
+        bad = np.full((8, 16), -1 if setting == "jax_debug_nans" else 0, np.float32)
+        with pytest.raises(FloatingPointError, match="loss") as raised:
+            step(state, {"x": bad})
+        assert ("NaN" if setting == "jax_debug_nans" else "infinity") in str(raised.value)
+        assert 'Fix: on_nonfinite="stop", and sk.replay' in str(raised.value)
+    finally:
+        jax.config.update(setting, False)
+
+
+def test_without_jit_a_step_is_refused():
+    step = compiled(data(), "apply", data=8)
+    state = step.init(jax.random.key(0))
+    with jax.disable_jit():
+        for call in (lambda: step.init(jax.random.key(0)), lambda: step(state, GOOD)):
+            with pytest.raises(sk.errors.StepError, match="jax_disable_jit  is set") as raised:
+                call()
+            assert "with jax.disable_jit(False)" in str(raised.value)

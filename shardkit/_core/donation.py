@@ -6,6 +6,7 @@ import jax
 from jax import core
 
 from .errors import Problem, StateError, StepError, raise_all
+from .settings import SETTINGS
 from .tree import flatten_tree, path_str
 from .types import PyTree
 
@@ -13,9 +14,13 @@ from .types import PyTree
 def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
     """Raises StateError with the first three arrays of a tree that were donated to an earlier step.
 
-    `name` is that of the tree in the message, such as `state`. Tracers raise StepError, and dicts
-    whose keys cannot be sorted TreeError.
+    `name` is that of the tree in the message, such as `state`. Tracers and `jax.disable_jit` raise
+    StepError, and dicts whose keys cannot be sorted TreeError.
     """
+    if SETTINGS.jax_disable_jit:
+        why = "is set, and a step is a compiled program"
+        fix = "with jax.disable_jit(False): ...; to look into the loss, call loss_fn itself"
+        raise StepError.of("A step cannot run without jit.", "jax_disable_jit", why, fix)
     leaves, _ = flatten_tree(tree, name)
     traced = next((x for x in leaves if isinstance(x, core.Tracer)), None)
     if traced is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import Problem, StepError, did_you_mean, raise_all
+from .settings import SETTINGS
 from .types import PyTree
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -138,7 +139,7 @@ def policy_dtype(own: Any, dtype: str | None) -> np.dtype:
     """
     if dtype is None or not jnp.issubdtype(own, jnp.inexact):
         return own
-    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    x64 = SETTINGS.jax_enable_x64
     if dtype == "float64" and not x64:
         why = "JAX makes float64 arrays float32 unless jax_enable_x64 is set"
         fix = 'jax.config.update("jax_enable_x64", True), before the first array is made'

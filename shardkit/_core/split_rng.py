@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import random as extend_random
 
 from .errors import Problem
+from .settings import SETTINGS
 from .types import Key
 
 Shape = tuple[int, ...]
@@ -98,7 +99,7 @@ def key_problems(dtype: Any, line: str = "") -> list[Problem]:
     """
     tag = str(dtype).removeprefix("key<").removesuffix(">")
     name = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(tag, tag)
-    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore
+    partitionable = SETTINGS.jax_threefry_partitionable
     if name == "threefry2x32" and partitionable:
         return []
     why = "only draws of partitionable threefry keys can be split by rows"

@@ -7,6 +7,7 @@ from typing import NoReturn
 import jax
 
 from .._core.errors import MeshError, count
+from .._core.settings import SETTINGS
 
 # Whether the number of devices of this process is final.
 _settled = False
@@ -31,7 +32,7 @@ def simulate_devices(n: int) -> None:
         `XLA_FLAGS` asks for another number.
     """
     new = offer_devices(n)
-    if new and not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+    if new and not SETTINGS.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
 
 

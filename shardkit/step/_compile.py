@@ -17,6 +17,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
+from .._core.settings import SETTINGS
 from .._core.source import find_user_line
 from .._core.tracing import equations
 from .._core.tree import format_bytes, nbytes
@@ -255,8 +256,7 @@ def _record_cache_hits() -> Iterator[list[str]]:
 def _disable_cache() -> Iterator[None]:
     """Turns JAX's persistent cache off in this process; it reads its setting after a reset."""
     with _CACHE_SETTING:
-        config: Any = jax.config  # its stubs do not list every setting
-        before = config.jax_enable_compilation_cache
+        before = SETTINGS.jax_enable_compilation_cache
         try:
             jax.config.update("jax_enable_compilation_cache", False)
             reset_cache()

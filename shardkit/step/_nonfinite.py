@@ -4,12 +4,15 @@ The check reads two scalars that the step computes anyway and selects between tw
 needs no extra collective, and the host can dispatch the next step without reading the result.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from .._core.errors import Problem, format_problems
+from .._core.settings import SETTINGS
 from .._core.train_state import TrainState
+from .._core.tree import leaves_by_path
 from .._core.types import PyTree, Scalar
 
 OnNonfinite = Literal["apply", "skip", "stop"]
@@ -48,3 +51,29 @@ def select_state(
         key=after.key,
         halted=halted,
     )
+
+
+def run_checked(compiled: jax.stages.Compiled, *args: PyTree) -> Any:
+    """Runs a program of `(state, batch)`.
+
+    `jax_debug_nans` and `jax_debug_infs` are checked here: JAX does not check compiled programs of
+    several devices after their first call, and gives no leaf. They raise FloatingPointError.
+    """
+    nans, infs = SETTINGS.jax_debug_nans, SETTINGS.jax_debug_infs
+    if not (nans or infs):
+        return compiled(*args)
+    with jax.debug_nans(False), jax.debug_infs(False):
+        results = compiled(*args)
+        bad = [
+            path.partition("/")[2]
+            for path, x in leaves_by_path(results).items()
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+            and ((nans and jnp.isnan(x).any()) or (infs and jnp.isinf(x).any()))
+        ]
+    if not bad:
+        return results
+    what = " or ".join(name for name, on in (("NaN", nans), ("infinity", infs)) if on)
+    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    problem = Problem(shown, f"{what}, at which JAX is set to raise")
+    fix = 'on_nonfinite="stop", and sk.replay("runs/NAME", step), which names the operation'
+    raise FloatingPointError(format_problems("A step computed what is not finite.", [problem], fix))

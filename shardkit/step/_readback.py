@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .._core.errors import Problem, ShardingError, raise_all
+from .._core.settings import SETTINGS
 from .._core.tree import leaves_by_path
 from .._core.types import PyTree
 from ._layout import StepLayout
@@ -72,7 +73,8 @@ def check_executable(compiled: jax.stages.Compiled, layout: StepLayout) -> None:
     """Compares an executable `(state, batch) → (state, metrics)` with the declared layout.
 
     It has every argument kept and the state donated. Raises ShardingError if an argument or result
-    is not laid out as declared, or the new state does not reuse the buffer of a state leaf.
+    is not laid out as declared, or the new state does not reuse the buffer of a state leaf. Under
+    `jax_debug_nans` JAX donates nothing, since it runs a step that made a NaN once more.
     """
     executable = compiled.runtime_executable()
     assert executable is not None
@@ -87,9 +89,10 @@ def check_executable(compiled: jax.stages.Compiled, layout: StepLayout) -> None:
         problems += layout_problems(arguments, executable.get_parameter_shardings())
         problems += layout_problems(results, executable.get_output_shardings()[: len(results)])
     reused = aliased_arguments(compiled.as_text() or "")
+    donated = () if SETTINGS.jax_debug_nans else arguments
     problems += [
         Problem(argument[0], f"is donated, but no result reuses its buffer; {result[0]} should")
-        for number, (argument, result) in enumerate(zip(arguments, results, strict=False))
+        for number, (argument, result) in enumerate(zip(donated, results, strict=False))
         if number not in reused
     ]
     fix = "report this with the declaration: the compiler did not follow its directives"

@@ -12,6 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.scope_markers import OWNED, RING_BLOCKS
+from .._core.settings import SETTINGS
 from .._core.tracing import recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
@@ -126,7 +127,7 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]
                 part,
                 leaf,
                 sharding.spec,
-                donated=True,
+                donated=not SETTINGS.jax_debug_nans,
                 declared_replicated=rule.startswith(_EXPLICIT) or leaf.nbytes < _SMALL,
                 declared_by=rule,
                 frozen=part == "params" and leaf.path in layout.partition.frozen,
