@@ -30,12 +30,18 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
     return [
         Problem(
             f"{prefix}{name}",
-            f"expected {describe_annotation(annotation)}, got {value!r}.",
+            f"expected {describe_annotation(annotation)}, got {_shorten(repr(value))}.",
             f"{name}={_suggest_value(value, annotation)}",
         )
         for name, (value, annotation) in options.items()
         if not matches_annotation(annotation, tuple(value) if isinstance(value, list) else value)
     ]
+
+
+def _shorten(text: str, width: int = 200) -> str:
+    """The first line of a text, cut at a width: arrays have thousands."""
+    line = text.partition("\n")[0][:width]
+    return line if line == text else f"{line} ..."
 
 
 def check_arguments(

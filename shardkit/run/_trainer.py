@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ._facts import agree_on_run, agree_on_step
 from ._folder import open_run_folder
 from ._loop import Loop, state_metric_problems
 from ._resume import FACTS, ResumeDecision, decide_resume
-from ._source import Data, DataSource, Evaluate, as_source
+from ._source import Data, Evaluate, as_source
 from .callbacks import (
     Callback,
     Describe,
@@ -49,8 +49,9 @@ class Trainer:
       step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, compiled
         once everything else has been checked.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that yields the same
-        batches each time, of which a resumed run skips the first ones (not a generator); or a
-        `DataSource`, which can start anywhere. Batches are as `step` takes them.
+        batches each time, of which a resumed run skips the first ones (not a generator); or what
+        can start anywhere: an `sk.data.Arrays`, or any other `sk.data.BatchSource`. Batches are as
+        `step` takes them.
       folder: of the run. An existing folder is never written to unless its run resumes: a new
         run gets `folder-2`, `folder-3`, ….
       config: how long the run is, what it reports, and what it keeps.
@@ -108,7 +109,7 @@ class Trainer:
             ConfigError,
             headline,
             step=(self.step, StepSpec | Callable[..., Any]),
-            data=(self.data, DataSource | Callable[..., Any] | Iterable[Any]),
+            data=(self.data, Data),
             folder=(self.folder, str | os.PathLike[str]),
             config=(self.config, TrainConfig),
             evaluate=(self.evaluate, Callable[..., Any] | None),
@@ -156,7 +157,11 @@ class Trainer:
     def _run(self) -> Any:
         began, source, config, process_group = (
             time.time(),
-            as_source(self.data, resumable=self.config.checkpoint_every > 0),
+            as_source(
+                self.data,
+                lambda: step.batch_shardings,
+                resumable=self.config.checkpoint_every > 0,
+            ),
             self.config,
             self.process_group,
         )
