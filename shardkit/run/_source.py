@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from .._core.batch_values import SupportsArray
 from .._core.errors import DataError
 from .._core.types import PyTree
 from ..data import BatchSource, Loader
@@ -77,18 +78,11 @@ class IterableSource(_CountedSource):
         return itertools.islice(batches, start, None)
 
 
-@runtime_checkable
-class _ArrayLike(Protocol):
-    """What numpy can read: a tensor of torch on the CPU."""
-
-    def __array__(self) -> Any: ...
-
-
 def to_host_arrays(batch: Any) -> Any:
     """Converts leaves of other libraries, such as torch tensors of a DataLoader, to numpy."""
     known = (jax.Array, np.ndarray, np.generic)
     return jax.tree.map(
-        lambda x: np.asarray(x) if isinstance(x, _ArrayLike) and not isinstance(x, known) else x,
+        lambda x: np.asarray(x) if isinstance(x, SupportsArray) and not isinstance(x, known) else x,
         batch,
     )
 

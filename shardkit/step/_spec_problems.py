@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import optax
 
+from .._core.batch_values import declaration_problems
 from .._core.errors import Problem, StepError, did_you_mean
 from .._core.options import option_problems
 from .._core.precision import Precision
 from ..parallel import Strategy
 from ._batch_rows import row_dim_problems
-from ._batch_values import declaration_problems
 from ._miscompiled import OnMiscompiled
 from ._nonfinite import ON_NONFINITE
 from ._trainable import is_trainable
@@ -58,6 +58,10 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
 def _optimizer_fix(optimizer: Any) -> str:
     if isinstance(optimizer, optax.MultiSteps):
         return "optax.MultiSteps(...).gradient_transformation()"
+    if isinstance(optimizer, list | tuple):
+        return "optax.chain(*optimizers)"
+    if isinstance(optimizer, Mapping):
+        return "optax.multi_transform(optimizers, labels)"
     return "optax.adamw(1e-3), called"
 
 
