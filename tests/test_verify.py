@@ -21,6 +21,7 @@ from shardkit import (
     compile_step,
     strategies,
 )
+from shardkit._core.io._table import narrow_texts
 from shardkit.errors import VerificationError
 from shardkit.parity import (
     ParityReport,
@@ -120,6 +121,13 @@ def test_table_names_the_worst_leaf_within_a_hundred_columns(report):
     assert "(data=2, tensor=4)" in text
     assert "noise  threshold" in text
     assert text.endswith("15 of 15 checks passed: every mesh equals one device.")
+
+
+def test_a_narrow_terminal_folds_the_table(report):
+    with narrow_texts(60):
+        narrow = str(report)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert sorted("".join(narrow.split())) == sorted("".join(str(report).split()))  # none is cut
 
 
 def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
