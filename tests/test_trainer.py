@@ -262,6 +262,25 @@ def test_rows_in_memory_are_data_of_a_run(tmp_path, step):
     assert (tmp_path / "rows-2").exists()  # other rows are another run
 
 
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"data": lambda: batch_of(0)}, r"data  is <lambda>\(\), called with 1 argument"),
+        ({"evaluate": lambda state: {}}, r"evaluate  is <lambda>\(state\), called with 2"),
+        ({"load_params": lambda: {}}, r"load_params  is <lambda>\(\), called with 1 argument"),
+    ],
+)
+def test_functions_of_a_run_that_cannot_be_called(tmp_path, step, declared, said):
+    with pytest.raises(sk.errors.ConfigError, match=said):
+        trainer(tmp_path / "run", step, **declared)
+
+
+def test_an_evaluation_that_is_no_dict(tmp_path, step):
+    run = trainer(tmp_path / "run", step, evaluate=lambda step, state: 1.0)
+    with pytest.raises(sk.errors.StepError, match=r"evaluate  returns a float, not a dict"):
+        run.run()
+
+
 def test_data_of_another_type_is_named_in_a_line(tmp_path, step):
     with pytest.raises(sk.errors.ConfigError, match=r"data  expected a function or") as caught:
         trainer(tmp_path / "run", step, np.float32(3))

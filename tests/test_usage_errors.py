@@ -142,6 +142,10 @@ DECLARED = {
         {"optimizer": {"w": optax.sgd(0.1)}},
         ["optimizer  is of type dict", "optax.multi_transform("],
     ),
+    "strategy by its name": (
+        {"strategy": "fsdp"},
+        ["strategy  is of type str", "sk.strategies.fsdp(), called"],
+    ),
     "predicate without a path": (
         {"trainable": lambda: True},
         ["trainable  is <lambda>(), called with 1 argument", "def trainable(path): ..."],
@@ -282,6 +286,18 @@ def test_a_variable_with_a_sharding_in_place_of_names(mesh):
     text = text_of(sk.errors.ShardingError, wrong.compile, mesh)
     assert "w  has a NamedSharding on devices" in text
     assert 'nnx.Param(x, out_sharding=("embed", "mlp"))' in text
+
+
+def test_names_as_one_text(mesh):
+    named = spec(init=lambda key: {"w": sk.WithAxes(jnp.ones((4, 8)), "ab")})
+    text = text_of(sk.errors.ShardingError, named.compile, mesh)
+    assert "params/w  is named by the text 'ab', not by a tuple of names" in text
+
+
+def test_rules_as_pairs():
+    text = text_of(sk.errors.ShardingError, lambda: sk.AxisRules([("mlp", "tensor")]))
+    assert "AxisRules.table  expected mapping" in text
+    assert "Fix: table=dict(...) of these pairs" in text
 
 
 @pytest.mark.parametrize(

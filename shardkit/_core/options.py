@@ -175,6 +175,8 @@ def _suggest_value(value: Any, annotation: Any) -> str:
     if origin in (tuple, Sequence):
         items = value if isinstance(value, tuple | list) and value else (value,)
         return f"({', '.join(_suggest_value(item, arguments[0]) for item in items)},)"
+    if origin is Mapping and isinstance(value, list | tuple):
+        return "dict(...) of these pairs"
     if origin is Mapping:
         key, item = (_suggest_value("NAME" if one is str else 1, one) for one in arguments)
         return f"{{{key}: {item}}}"

@@ -36,7 +36,7 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
         ("loss_fn", callable(spec.loss_fn), "def loss_fn(params, batch, key): ..."),
         ("optimizer", is_chain, _optimizer_fix(spec.optimizer)),
         ("init", callable(spec.init), "def init(key): return params"),
-        ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
+        ("strategy", isinstance(spec.strategy, Strategy), _strategy_fix(spec.strategy)),
         ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
         ("trainable", is_trainable(spec.trainable), '"lora/**", or lambda path: "lora" in path'),
     )
@@ -53,6 +53,12 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
         independent_rows=(spec.independent_rows, bool),
         owners=(spec.owners, bool | None),
     )
+
+
+def _strategy_fix(strategy: Any) -> str:
+    if isinstance(strategy, str) or callable(strategy):
+        return "sk.strategies.fsdp(), called; or another of them, joined by |"
+    return "sk.Strategy(params=...)"
 
 
 def _optimizer_fix(optimizer: Any) -> str:

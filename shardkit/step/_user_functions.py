@@ -103,11 +103,16 @@ def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
         if has_axes(leaf)
     ]
     problems = [
-        Problem(join_path("params", path), f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims")
+        Problem(
+            join_path("params", path),
+            f"is named by the text {x.axes!r}, not by a tuple of names"
+            if isinstance(x.axes, str)
+            else f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims",
+        )
         for path, x in named
-        if len(x.axes) > x.value.ndim
+        if isinstance(x.axes, str) or len(x.axes) > x.value.ndim
     ]
-    fix = "at most one name or None per dim"
+    fix = 'at most one name or None per dim, such as ("embed", "mlp")'
     raise_all(ShardingError, "Logical axes do not fit.", problems, fix)
     return {path: (*x.axes, *[None] * (x.value.ndim - len(x.axes))) for path, x in named}
 
