@@ -144,6 +144,17 @@ def test_a_binary_file_is_no_report(tmp_path, capsys):
     assert "a.json  is not text" in capsys.readouterr().err
 
 
+def test_tables_fold_to_a_narrow_terminal_alone(capsys, monkeypatch):
+    def widest():
+        assert main(["hardware"]) == 0
+        return max(map(len, capsys.readouterr().out.splitlines()))
+
+    monkeypatch.setenv("COLUMNS", "60")
+    piped = widest()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert widest() < 80 <= piped
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main(["train", "--set", "train.seed=abc", "--debug"]) == 2
     shown = capsys.readouterr().err

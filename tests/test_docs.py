@@ -44,7 +44,9 @@ def test_the_code_of_a_page_runs_in_a_fresh_process(path, tmp_path):
     page = tmp_path / "page.py"
     page.write_text("\n".join(blocks(path.read_text(), "python")))
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # The package under test: the installed wheel in `.ci/run`, else the checkout.
+    installed = str(Path(sk.__file__).parents[1])
+    environment |= {"PYTHONPATH": installed, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", page]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

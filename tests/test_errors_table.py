@@ -87,7 +87,7 @@ DECLARATIONS = {
     ),
     "specs tree lacks a key": (
         {"rules": {"head/kernel": P(None, "model")}},
-        ["params/b f32[3]", "no rule decides it", "first_match(rules, REPLICATED)"],
+        ["params/b f32[3]", "no rule decides it", "sk.first_match(strategy.params, sk.REPLICATED)"],
     ),
     "batch of 7 over data=2": (
         {"rules": GOOD, "batch": {"x": np.ones((7, 10), np.float32)}},

@@ -109,7 +109,7 @@ def test_undecided_leaf_says_what_was_tried():
     assert "the nearest is '**/up/kernel'" in text
     assert "AxisRules: the leaf names no logical axes" in text
     assert "shard_largest('tensor'): no dim of [9] is a multiple of 4" in text
-    assert "Fix: first_match(rules, REPLICATED)" in text
+    assert "Fix: params=sk.first_match(strategy.params, sk.REPLICATED)" in text
 
 
 def test_an_empty_chain_decides_nothing():

@@ -108,7 +108,7 @@ def run(tmp_path, step, batches=None, **config):
         return {"bits_per_byte": bits, "bytes": scored}
 
     with MetricsFile(tmp_path) as file:
-        folder = RunFolder(file, config, as_source(batches or TEXT.batch), {}, print)
+        folder = RunFolder(file, config, as_source(batches or TEXT.batch, dict), {}, print)
         loop = Loop(step, folder, [FiniteCheck(1), noting], evaluate=evaluate, tokens=24)
         state = loop.run(0)
     return state, noting.told, rows(tmp_path)

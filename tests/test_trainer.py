@@ -250,6 +250,43 @@ def test_a_score_that_is_no_number_is_a_gap_and_ranks_no_checkpoint(tmp_path, st
         again.run()
 
 
+def test_rows_in_memory_are_data_of_a_run(tmp_path, step):
+    x = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    rows = sk.data.Arrays({"x": x}, rows=8)
+    state = trainer(tmp_path / "rows", step, rows).run()
+    alike = trainer(tmp_path / "function", step, rows.batch).run()
+    np.testing.assert_array_equal(state.params["w"], alike.params["w"])
+    other = trainer(tmp_path / "rows", step, sk.data.Arrays({"x": x + 1}, rows=8))
+    longer = dataclasses.replace(other, config=dataclasses.replace(other.config, steps=8))
+    longer.run()
+    assert (tmp_path / "rows-2").exists()  # other rows are another run
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"data": lambda: batch_of(0)}, r"data  is <lambda>\(\), called with 1 argument"),
+        ({"evaluate": lambda state: {}}, r"evaluate  is <lambda>\(state\), called with 2"),
+        ({"load_params": lambda: {}}, r"load_params  is <lambda>\(\), called with 1 argument"),
+    ],
+)
+def test_functions_of_a_run_that_cannot_be_called(tmp_path, step, declared, said):
+    with pytest.raises(sk.errors.ConfigError, match=said):
+        trainer(tmp_path / "run", step, **declared)
+
+
+def test_an_evaluation_that_is_no_dict(tmp_path, step):
+    run = trainer(tmp_path / "run", step, evaluate=lambda step, state: 1.0)
+    with pytest.raises(sk.errors.StepError, match=r"evaluate  returns a float, not a dict"):
+        run.run()
+
+
+def test_data_of_another_type_is_named_in_a_line(tmp_path, step):
+    with pytest.raises(sk.errors.ConfigError, match=r"data  expected a function or") as caught:
+        trainer(tmp_path / "run", step, np.float32(3))
+    assert "BatchSource" in str(caught.value)
+
+
 def test_an_iterator_is_no_data_of_a_run_that_may_resume(tmp_path, step):
     with pytest.raises(sk.errors.DataError, match=r"data: map +is an iterator(.|\n)*__iter__"):
         trainer(tmp_path / "run", step, map(batch_of, range(STEPS))).run()

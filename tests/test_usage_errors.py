@@ -125,6 +125,27 @@ DECLARED = {
     ),
     "masked array": ({"batch": {"x": MASKED}}, ["batch/x  is a masked array", "x.filled(0)"]),
     "records": ({"batch": {"x": RECORDS}}, ["batch/x  is an array of [('a', '<f4')], not an"]),
+    "longer numbers than JAX has": (
+        {"batch": {"x": X.astype(np.longdouble)}},
+        [f"batch/x  is an array of {np.dtype(np.longdouble)}, not an array of numbers"],
+    ),
+    "function in place of a batch": (
+        {"batch": lambda i: {"x": X}},
+        ["batch  is of type function, not a batch", "next(iter(...)), or a call"],
+    ),
+    "data set in place of a batch": (
+        {"batch": ({"x": X} for _ in range(3))},
+        ["batch  is of type generator, not a batch", "one batch of it: next(iter(...))"],
+    ),
+    "optimizers": ({"optimizer": [optax.sgd(0.1)]}, ["optimizer  is of type list", "optax.chain("]),
+    "optimizers by name": (
+        {"optimizer": {"w": optax.sgd(0.1)}},
+        ["optimizer  is of type dict", "optax.multi_transform("],
+    ),
+    "strategy by its name": (
+        {"strategy": "fsdp"},
+        ["strategy  is of type str", "sk.strategies.fsdp(), called"],
+    ),
     "predicate without a path": (
         {"trainable": lambda: True},
         ["trainable  is <lambda>(), called with 1 argument", "def trainable(path): ..."],
@@ -177,7 +198,33 @@ def only_updates(grads, state, params=None):
     return grads
 
 
+def growing(grads, state, params=None):
+    return grads, (1.0,)
+
+
 COMPILED = {
+    "matrix as lists": (
+        {"init": lambda key: {"w": [[1.0] * 8] * 4}},
+        ["params/w  is a list of 4 items, which JAX takes as a tree", "asarray"],
+    ),
+    "tensor": (
+        {"init": lambda key: {"w": HostTensor()}},
+        ["params/w  is of type HostTensor, not an array of numbers", "jnp.asarray(...) of it"],
+    ),
+    "no batch": ({"batch": None}, ["batch  is None, without a leaf; the loss raises TypeError"]),
+    "empty batch": ({"batch": {}}, ["batch  is {}, without a leaf; the loss raises KeyError: 'x'"]),
+    "three results": (
+        {"loss_fn": lambda params, batch, key: (loss_fn(params, batch, key), {}, {})},
+        ["loss_fn  returned (f32[], dict, dict); expected loss, or (loss, metrics dict)"],
+    ),
+    "optimizer of other parameters": (
+        {"optimizer": optax.lookahead(optax.sgd(0.1), 5, 0.5)},
+        ["optimizer (lookahead)  cannot be updated: 'dict' object has no attribute 'fast'"],
+    ),
+    "state that grows": (
+        {"optimizer": optax.GradientTransformation(lambda params: (), growing)},
+        ["state/opt_state/0  is absent before, f32[] after"],
+    ),
     "function": (
         {"init": lambda key: {**init(key), "act": jax.nn.relu}},
         ["params/act  is the function relu, not an array of numbers", "leave it out of the tree"],
@@ -241,6 +288,18 @@ def test_a_variable_with_a_sharding_in_place_of_names(mesh):
     assert 'nnx.Param(x, out_sharding=("embed", "mlp"))' in text
 
 
+def test_names_as_one_text(mesh):
+    named = spec(init=lambda key: {"w": sk.WithAxes(jnp.ones((4, 8)), "ab")})
+    text = text_of(sk.errors.ShardingError, named.compile, mesh)
+    assert "params/w  is named by the text 'ab', not by a tuple of names" in text
+
+
+def test_rules_as_pairs():
+    text = text_of(sk.errors.ShardingError, lambda: sk.AxisRules([("mlp", "tensor")]))
+    assert "AxisRules.table  expected mapping" in text
+    assert "Fix: table=dict(...) of these pairs" in text
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -272,6 +331,15 @@ CALLED = {
 }
 
 
+@pytest.mark.parametrize("call", ["__call__", "evaluate", "gradients", "shard_batch"])
+def test_a_generator_in_place_of_a_batch(step, call):
+    batches = ({"x": X} for _ in range(3))
+    arguments = [batches] if call == "shard_batch" else [step.init(KEY), batches]
+    text = text_of(sk.errors.BatchError, getattr(step, call), *arguments)
+    assert "batch  is of type generator, not a batch" in text
+    assert "one batch of it: next(iter(...))" in text
+
+
 @pytest.mark.parametrize("row", CALLED)
 @pytest.mark.parametrize("call", ["__call__", "evaluate", "gradients", "shard_batch"])
 def test_a_batch_that_is_not_numbers(step, row, call):
@@ -284,6 +352,8 @@ def test_a_batch_that_is_not_numbers(step, row, call):
 
 TRACED = {
     "jit": lambda step, state: jax.jit(step)(state, {"x": X}),
+    "compile": lambda step, state: jax.jit(lambda x: spec().compile(step.mesh))(X),
+    "verify": lambda step, state: jax.jit(lambda x: sk.verify(spec(), meshes=[step.mesh]))(X),
     "jit of the batch": lambda step, state: jax.jit(lambda b: step(state, b))({"x": X}),
     "jit without arguments": lambda step, state: jax.jit(lambda: step(state, {"x": X}))(),
     "vmap": lambda step, state: jax.vmap(lambda b: step(state, b))({"x": X[None]}),

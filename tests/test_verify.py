@@ -9,7 +9,19 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit import Accumulate, Loss, Mean, MeshSpec, PathRules, Strategy, Variables, compile_step
+from shardkit import (
+    Accumulate,
+    Loss,
+    Mean,
+    MeshSpec,
+    PathRules,
+    StepSpec,
+    Strategy,
+    Variables,
+    compile_step,
+    strategies,
+)
+from shardkit._core.io._table import narrow_texts
 from shardkit.errors import VerificationError
 from shardkit.parity import (
     ParityReport,
@@ -20,12 +32,13 @@ from shardkit.parity import (
 )
 from shardkit.parity._compare import (
     ErrorLimits,
+    compare_with_reference,
     compute_errors,
     find_unequal_leaves,
     find_worst_leaf,
 )
 from shardkit.parity._layout import find_differing_copies, find_misplaced_leaves
-from shardkit.parity._observe import count_compiles
+from shardkit.parity._observe import Observation, count_compiles
 from shardkit.parity._record import ParityInputs, clipped_sgd
 from shardkit.parity._reference import Reference, nudge_params
 
@@ -108,6 +121,13 @@ def test_table_names_the_worst_leaf_within_a_hundred_columns(report):
     assert "(data=2, tensor=4)" in text
     assert "noise  threshold" in text
     assert text.endswith("15 of 15 checks passed: every mesh equals one device.")
+
+
+def test_a_narrow_terminal_folds_the_table(report):
+    with narrow_texts(60):
+        narrow = str(report)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert sorted("".join(narrow.split())) == sorted("".join(str(report).split()))  # none is cut
 
 
 def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
@@ -197,6 +217,44 @@ def test_bf16_accumulation_and_model_state():
     assert rows["gradients"].noise < rows["gradients"].threshold <= 0.25
 
 
+def centred(extra=0.0):
+    """Features whose mean over the rows is taken off, as BatchNorm does: `bias` has no gradient."""
+
+    def loss_fn(params, batch, key):
+        hidden = batch["x"] @ params["up"] + params["bias"]
+        hidden = hidden - hidden.mean(0)
+        out = jax.nn.relu(hidden / jnp.sqrt(hidden.var(0) + 1e-5)) @ params["down"]
+        return jnp.mean((out - batch["y"]) ** 2) + extra * params["bias"].sum()
+
+    def init(key):
+        up, down = jax.random.split(key)
+        return {
+            "up": jax.random.normal(up, (8, 32)),
+            "down": jax.random.normal(down, (32, 4)),
+            "bias": jnp.zeros(32),
+        }
+
+    rng = np.random.default_rng(0)
+    return StepSpec(
+        loss_fn=loss_fn,
+        optimizer=optax.adam(1e-2),
+        init=init,
+        batch={"x": rng.normal(size=(16, 8)).astype("f"), "y": np.ones((16, 4), "f")},
+        strategy=strategies.data(),
+    )
+
+
+def test_a_gradient_that_is_zero_up_to_rounding_is_held_to_its_own_noise():
+    verify(centred(), [MeshSpec(data=4)]).check()
+
+    def factory(mesh):
+        return centred(0.0 if mesh.size == 1 else 1e-4).compile(mesh)
+
+    wrong = verify(factory, [MeshSpec(data=4)])
+    failed = {row.check: row for row in wrong.rows if not row.ok}
+    assert failed["gradients"].leaf == "bias"
+
+
 def test_nothing_to_verify_is_one_error():
     with pytest.raises(VerificationError) as raised:
         verify(factory, [], batches=[], steps=0)
@@ -255,6 +313,28 @@ def test_limits_of_each_dtype():
     assert bf16.threshold("metrics", 0.2) == 0.25
     assert bf16.threshold("metrics", 2.0) == 16
     assert bf16.threshold("metrics", np.inf) <= 0.25
+    # So may a gradient; what Adam makes of it is as large as any other update.
+    assert f32.threshold("gradients", 1e-4, vanishing=True) == pytest.approx(8e-4)
+    assert f32.threshold("gradients", 1.0, vanishing=True) == 0.25
+    assert f32.threshold("k-step state", 1.0, vanishing=True) == 8
+    assert f32.threshold("k-step state", np.inf, vanishing=True) == 0.25
+
+
+def test_a_leaf_without_a_scale_does_not_widen_the_thresholds_of_the_others():
+    def record(w, bias):
+        return {"init": {}, "gradients": {"w": np.array([w]), "bias": np.array([bias])}}
+
+    reference, nudged = record(1.0, 1e-5), record(1 + 2e-7, -1e-5)
+    limits = ErrorLimits.of("float32")
+
+    def gradients(w, bias):
+        observed = Observation(record(w, bias), (), (), later_calls=0, later_compiles=0)
+        rows = compare_with_reference("mesh", observed, reference, [nudged], limits)
+        return next((row.leaf, row.ok) for row in rows if row.check == "gradients")
+
+    assert gradients(1.0, 3e-5) == ("bias", True)
+    assert gradients(1.0, 3e-4) == ("bias", False)
+    assert gradients(1 + 4e-6, 3e-5) == ("w", False)
 
 
 def test_a_layout_other_than_the_declared_one_is_found():

@@ -24,7 +24,7 @@ def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
     leaves, _ = flatten_tree(tree, name)
     traced = next((x for x in leaves if isinstance(x, core.Tracer)), None)
     if traced is not None:
-        _raise_traced(name, f"is traced ({type(traced).__name__})")
+        raise_traced(name, f"is traced ({type(traced).__name__})")
     if not any(x.is_deleted() for x in leaves if isinstance(x, jax.Array)):
         return
     deleted = [
@@ -44,10 +44,11 @@ def check_untraced(error: Exception) -> None:
     Nothing that the program takes need be traced.
     """
     if "Cannot apply JAX transformations" in str(error):
-        _raise_traced("step", "is called while a function is traced")
+        raise_traced("step", "is called while a function is traced")
 
 
-def _raise_traced(subject: str, why: str) -> NoReturn:
+def raise_traced(subject: str, why: str) -> NoReturn:
+    """Raises StepError for what a step does inside of a transformation of JAX."""
     headline = "A step cannot be called inside of a transformation of JAX."
     fix = "call the step in a Python loop, outside of jit, grad, vmap and scan"
     raise StepError.of(headline, subject, f"{why}: a step is a compiled program of its own", fix)

@@ -30,12 +30,18 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
     return [
         Problem(
             f"{prefix}{name}",
-            f"expected {describe_annotation(annotation)}, got {value!r}.",
+            f"expected {describe_annotation(annotation)}, got {_shorten(repr(value))}.",
             f"{name}={_suggest_value(value, annotation)}",
         )
         for name, (value, annotation) in options.items()
         if not matches_annotation(annotation, tuple(value) if isinstance(value, list) else value)
     ]
+
+
+def _shorten(text: str, width: int = 200) -> str:
+    """The first line of a text, cut at a width: arrays have thousands."""
+    line = text.partition("\n")[0][:width]
+    return line if line == text else f"{line} ..."
 
 
 def check_arguments(
@@ -169,6 +175,8 @@ def _suggest_value(value: Any, annotation: Any) -> str:
     if origin in (tuple, Sequence):
         items = value if isinstance(value, tuple | list) and value else (value,)
         return f"({', '.join(_suggest_value(item, arguments[0]) for item in items)},)"
+    if origin is Mapping and isinstance(value, list | tuple):
+        return "dict(...) of these pairs"
     if origin is Mapping:
         key, item = (_suggest_value("NAME" if one is str else 1, one) for one in arguments)
         return f"{{{key}: {item}}}"

@@ -167,8 +167,21 @@ def is_numeric(x: Any) -> bool:
     if isinstance(x, np.ndarray | np.generic):
         # Numbers of 16 bits and fewer of JAX's own are of kind V, as records are.
         is_record = x.dtype.type is np.void
-        return x.dtype.kind not in "OSUMm" and not is_record
+        # Longer than any number of JAX: 80 or 128 bits.
+        is_long = x.dtype.type in (np.longdouble, np.clongdouble)
+        return x.dtype.kind not in "OSUMm" and not is_record and not is_long
     return isinstance(x, jax.Array | int | float | complex)
+
+
+def describe_type(x: Any) -> str:
+    """The type of a value as errors name it.
+
+    >>> describe_type(jnp.ones((2, 3))), describe_type(1.0), describe_type({})
+    ('f32[2,3]', 'f32[]', 'dict')
+    """
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+        return short_type(x.shape, x.dtype)
+    return short_type((), jnp.result_type(x)) if is_numeric(x) else type(x).__name__
 
 
 def nbytes(shape: tuple[int, ...], dtype: Any) -> int:

@@ -17,6 +17,7 @@ from .._core.errors import Problem, ShardingError, StepError, raise_all
 from .._core.tree import leaves_by_path, path_str
 from .._core.types import Batch, Key, Loss, Params, PyTree, Trainable, Variables, WithAxes
 from ..rules import matches
+from ._arguments import check_model, loss_problems, maker_problems
 from ._model import Model, nest, split_loss_output, takes_argument
 
 Names = tuple[str | None, ...]
@@ -48,7 +49,8 @@ def from_equinox(
       of its state, are in `state.model_state`, the latter below `state`.
 
     Raises:
-      StepError: the package equinox is not installed.
+      StepError: the package equinox is not installed, or `make_model` or `loss` cannot be called
+        so.
       ShardingError: a glob of `axes` matches no parameter.
       TreeError: two leaves of the module have the same path.
 
@@ -59,9 +61,12 @@ def from_equinox(
     ['bias', 'weight']
     """
     equinox = _import_equinox()
+    check_model(maker_problems(make_model, "key", equinox.Module))
     template = _ModuleTemplate.of(equinox.filter_eval_shape(make_model, jax.random.key(0)))
+    arguments = ("module", "state", "batch") if template.has_state else ("module", "batch")
+    check_model(loss_problems(loss, arguments))
     names = _match_axes(axes or {}, template.params)
-    takes_key = takes_argument(loss, 3 if template.has_state else 2)
+    takes_key = takes_argument(loss, len(arguments))
 
     def init(key: Key) -> Any:
         params, others = template.split(make_model(key), names)

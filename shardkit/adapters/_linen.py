@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +15,11 @@ from flax.errors import ScopeParamShapeError
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.own_sharding import on_any_mesh
+from .._core.signatures import call_problem
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Loss, Params, Trainable, Variables
 from ..nn._manual_axis_rules import on_shards
+from ._arguments import check_model, loss_problems, take_inputs
 from ._model import Model, accept_key, pad_axes, split_loss_output
 
 # Collections that a forward pass writes for its caller, and that the next pass does not read.
@@ -60,8 +64,8 @@ def from_linen(
       `state.model_state`.
 
     Raises:
-      StepError: the module sows losses that `mutable` does not name, or the evaluation module has
-        other variables.
+      StepError: the module cannot be called so, or the batch lacks its inputs; the module sows
+        losses that `mutable` does not name, or the evaluation module has other variables.
 
     >>> import jax, flax.linen as nn
     >>> batch = {"x": jax.numpy.ones((8, 4))}
@@ -69,23 +73,26 @@ def from_linen(
     >>> sorted(jax.eval_shape(model.init, jax.random.key(0)))
     ['bias', 'kernel']
     """
+    check_model(chain(_module_problems(module), loss_problems(loss, ("outputs", "batch"))))
     call, arguments = accept_key(loss), _make_argument_getter(inputs)
     training = _Form(module, train or {})
     own = isinstance(evaluate, nn.Module)
     evaluation = _Form(evaluate, {}) if own else _Form(module, evaluate or {})
     outputs_only = (*_OUTPUTS, *mutable)
+    given = arguments(take_inputs(batch, inputs))
+    forms = {"train": training} if own else {"train": training, "evaluate": evaluation}
+    check_model(p for name, form in forms.items() for p in form.problems(name, given))
 
     def init(key: Key) -> Any:
-        variables = training.init(key, rngs, arguments(batch))
+        variables = training.init(key, rngs, given)
         params = jax.tree.map(_with_axes, variables.pop("params", {}), is_leaf=_is_boxed)
         model_state = {name: x for name, x in variables.items() if name not in outputs_only}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
-    shapes = training.shapes(rngs, arguments(batch))
+    shapes = training.shapes(rngs, given)
     _check_sown(shapes, mutable)
     if own:
-        other = evaluation.shapes(rngs, arguments(batch))
-        _check_same_variables(shapes, other, outputs_only)
+        _check_same_variables(shapes, evaluation.shapes(rngs, given), outputs_only)
     stateful = not {*shapes} <= {"params", *outputs_only}
 
     def run(form: _Form, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
@@ -122,6 +129,15 @@ class _Form:
 
     module: nn.Module
     options: Mapping[str, Any]
+
+    def problems(self, name: str, args: tuple[Any, ...]) -> Iterator[Problem]:
+        """Whether the module can be called with these arguments and the options of this name."""
+        call = inspect.unwrap(type(self.module).__call__)
+        if why := call_problem(call, ("self", *args), self.options):
+            fix = 'train={"train": True}, evaluate={"train": False}: arguments that it has by name'
+            yield Problem(
+                f"{name}={dict(self.options)}", f"{type(self.module).__name__} {why}", fix
+            )
 
     def init(self, key: Key, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
         """Initialises the module with zeros of the shapes of its arguments."""
@@ -227,6 +243,17 @@ def _make_argument_getter(
         return arguments if isinstance(arguments, tuple) else (arguments,)
 
     return get
+
+
+def _module_problems(module: Any) -> Iterator[Problem]:
+    if isinstance(module, nn.Module):
+        return
+    if isinstance(module, type):
+        why, fix = f"is the class {module.__name__}", f"sk.from_linen({module.__name__}(...), ...)"
+    else:
+        why = f"is of type {type(module).__name__}"
+        fix = "sk.from_linen(Net(...), loss, batch); sk.from_nnx for modules of flax.nnx"
+    yield Problem("module", f"{why}, not a module of flax.linen", fix)
 
 
 def _is_boxed(x: Any) -> bool:

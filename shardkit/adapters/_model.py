@@ -35,7 +35,11 @@ def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
 def takes_argument(loss: Callable[..., Any], index: int) -> bool:
     """Whether a function has a positional parameter at an index, without a default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except ValueError:  # a function of C
+        return False
+    named = [p for p in parameters if p.kind in kinds]
     return len(named) > index and named[index].default is inspect.Parameter.empty
 
 

@@ -7,14 +7,17 @@ so that draws depend on the key and the step alone.
 
 import dataclasses
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
-from .._core.errors import Problem, ShardingError, raise_all
+from .._core.errors import Problem, ShardingError, StepError, first_line, raise_all
 from .._core.types import Batch, Key, Loss, Params, Variables
+from ._arguments import check_model, loss_problems, maker_problems
 from ._model import Model, accept_key, nest, pad_axes, split_loss_output
 from ._nnx_scopes import named_scopes
 
@@ -43,6 +46,9 @@ def from_nnx(
       A `Model`. Logical axes are those of the variables' sharding metadata
       (`nnx.with_partitioning(init, ("embed", "mlp"))`, `nnx.Param(x, out_sharding=...)`).
 
+    Raises:
+      StepError: `make_model` or `loss` cannot be called so, or the former makes no module.
+
     >>> import jax
     >>> from flax import nnx
     >>> model = from_nnx(lambda rngs: nnx.Linear(4, 2, rngs=rngs),
@@ -51,6 +57,12 @@ def from_nnx(
     >>> sorted(params)
     ['bias', 'kernel']
     """
+    check_model(
+        chain(
+            maker_problems(make_model, "rngs", nnx.Module),
+            loss_problems(loss, ("module", "batch")),
+        )
+    )
     call = accept_key(loss)
     template = _make_template(make_model, trainable)
 
@@ -116,8 +128,17 @@ def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any)
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
     # By default flax looks for a mesh as soon as a variable names logical axes.
-    with nnx.use_eager_sharding(False):
-        return make_model(nnx.Rngs(key))
+    headline, fix = "The model is declared wrongly.", "lambda rngs: Net(..., rngs=rngs)"
+    try:
+        with nnx.use_eager_sharding(False):
+            module = make_model(nnx.Rngs(key))
+    except TraceContextError as error:
+        why = f"changes a variable from outside, such as another nnx.Rngs: {first_line(error)}"
+        raise StepError.of(headline, "make_model", why, fix) from error
+    if not isinstance(module, nnx.Module):
+        why = f"returns a {type(module).__name__}, not an nnx.Module"
+        raise StepError.of(headline, "make_model", why, fix)
+    return module
 
 
 def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:

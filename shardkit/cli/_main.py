@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 from .._core.errors import SavedStepWarning, ShardkitError, Stopped
 from .._core.interrupts import INTERRUPTED, InterruptGuard, exit_now
+from .._core.io._table import narrow_texts
 from .._core.startup import quiet_libtpu
 from ._commands import COMMANDS
 
@@ -73,8 +75,10 @@ def _run(argv: Sequence[str] | None, guard: InterruptGuard) -> int:
     if argv is None:
         os.environ.update(quiet_libtpu(os.environ))
         warnings.formatwarning = _format_warning
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     try:
-        return arguments.run(arguments)
+        with narrow_texts(columns):
+            return arguments.run(arguments)
     except KeyboardInterrupt as stop:
         _print_error("yellow", "Interrupted.", stop)
         return _INTERRUPTED

@@ -96,8 +96,8 @@ def _import(path: Path) -> ModuleType:
 def _describe_missing(path: Path) -> Problem:
     folders = dict.fromkeys((path.parent, Path("configs")))
     near = [str(file) for folder in folders for file in sorted(folder.glob("*.py"))]
-    if not path.suffix:
-        near += [file.stem for folder in _shipped_folders() for file in sorted(folder.glob("*.py"))]
+    if not path.suffix:  # a name, not a file of this folder
+        near = [file.stem for folder in _shipped_folders() for file in sorted(folder.glob("*.py"))]
     close = difflib.get_close_matches(path.stem, [Path(file).stem for file in near], n=1)
     hint = next((f" Did you mean {file!r}?" for file in near if Path(file).stem in close), "")
     fix = f"one of {', '.join(near)}" if near else "leave CONFIG out to train the default"

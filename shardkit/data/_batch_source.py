@@ -1,7 +1,7 @@
 """`BatchSource`: batches as a function of the step, with a state that is the step."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from .._core.types import Batch
 from ._config import DataConfig
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Batches as a function of the step: `Text`, `Arrays`, `Dataset`, or your own.
 

@@ -184,7 +184,10 @@ def load_fitting_tokenizer(config: DataConfig, vocabulary: int | None) -> Tokeni
         by_byte = isinstance(tokenizer, ByteTokenizer)
         what = "text is read by the byte, which takes" if by_byte else "it has"
         why = f"{what} {tokenizer.vocabulary} ids; the model has model.vocab={vocabulary}."
-        fix = f"--set model.vocab={tokenizer.vocabulary}"
+        fix = (
+            f"--set model.vocab={tokenizer.vocabulary}; or, where the weights fix the vocabulary, "
+        )
+        fix += f"--set data.tokenizer=FILE.json of at most {vocabulary} ids"
         problem = Problem(f"data.tokenizer={config.tokenizer}", why, fix)
         raise_all(DataError, "The tokens do not fit the model.", [problem])
     return tokenizer

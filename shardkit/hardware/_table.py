@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from .._core.io._table import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text, text_width
 from ._chips import GB, GIB, TERA, Chip
-
-_WIDTH = 100
 
 
 def hardware_table(chips: Sequence[Chip]) -> str:
@@ -28,11 +26,11 @@ def hardware_table(chips: Sequence[Chip]) -> str:
         sizes = [chip.memory / GIB, chip.memory_bandwidth / GB, chip.link / GB]
         far = [_format_number(chip.network / GB), _format_number(1e6 * chip.latency)]
         rows.append([chip.name, *rates, *map(_format_number, sizes), describe_links(chip), *far])
-    lines = [Table(columns, rows, gap=1).to_text(_WIDTH)]
+    lines = [Table(columns, rows, gap=1).to_text(text_width())]
     for chip in chips:
         lines.append(f"\n{chip.name}")
         for source, figures in _group_by_source(chip).items():
-            lines += fold_text(f"  {', '.join(figures)}: {source}", _WIDTH, "    ")
+            lines += fold_text(f"  {', '.join(figures)}: {source}", text_width(), "    ")
     return "\n".join(lines)
 
 

@@ -4,6 +4,11 @@ The error of a leaf is normwise: its largest difference over its largest magnitu
 zero up to rounding has no scale of its own, so the scale of a leaf is at least a hundredth of the
 largest magnitude in its tree. Metrics are each a tree of their own.
 
+A gradient that a nudge changes by more than half of its size is zero up to rounding, as that of a
+bias in front of a BatchNorm. Its noise is its own: it neither widens the thresholds of the other
+leaves, nor is held to theirs. Adam divides it by its size, so what the steps make of its parameter
+is held to the noise alone.
+
 Where rounding is coarse (bf16), that error cannot tell a gradient from one a tenth larger. So the
 projection of each leaf on the reference is compared too: in it the rounding of elements averages
 out.
@@ -47,14 +52,18 @@ class ErrorLimits:
         eps = float(jnp.finfo(dtype).eps)
         return cls(8 * eps, min(84 * eps, 0.25), 0.25)
 
-    def threshold(self, check: str, noise: float) -> float:
+    def threshold(self, check: str, noise: float, *, vanishing: bool = False) -> float:
         """`MARGIN` times the noise, clamped to the range of the check.
 
-        A scalar that is zero up to rounding has no upper limit.
+        What is zero up to rounding has no upper limit: a scalar, and after steps a leaf whose
+        gradient is `vanishing`; that gradient itself has the limit of what is after steps.
         In f32 (eps 1.2e-7), for gradients: noise 0 gives 9.5e-7, noise 5e-7 gives 4e-6, and
         noise 1 gives 1e-5.
         """
-        limit = self.max_after_steps if check in AFTER_STEPS else self.max_threshold
+        after = check in AFTER_STEPS
+        limit = self.max_after_steps if after or vanishing else self.max_threshold
+        if after and vanishing and noise < np.inf:
+            limit = np.inf
         if check in SCALARS and _MIN_SCALE < noise < np.inf:
             # Above `_ROUNDING` a scalar is zero up to rounding, and any value near zero is right.
             return (
@@ -131,10 +140,13 @@ def compare_with_reference(
         _count_row(mesh, "layout", observed.misplaced_leaves),
         _count_row(mesh, INIT, [(path, why) for path in unequal]),
     ]
+    vanishing = find_vanishing_gradients(reference, noise_records)
     for check in NUMBERS:
-        if check in record and reference[check]:
+        if check in record and reference.get(check):
             nudged = [noise_record[check] for noise_record in noise_records]
-            candidates = _compare_leaves(check, record[check], reference[check], nudged, limits)
+            candidates = _compare_leaves(
+                check, record[check], reference[check], nudged, limits, vanishing=vanishing
+            )
             # A NaN has an infinite error, which must not stand behind what passes.
             worst = max(candidates, key=lambda row: (not row.ok, row.error / row.threshold))
             rows.append(dataclasses.replace(worst, mesh=mesh))
@@ -149,10 +161,40 @@ def compare_with_reference(
     return rows
 
 
+def find_vanishing_gradients(reference: Record, noise_records: Sequence[Record]) -> list[str]:
+    """Returns the paths of the parameters whose gradient is zero up to rounding.
+
+    >>> import numpy as np
+    >>> reference = {GRADIENTS: {"w": np.array([1.0, 2.0]), "b": np.array([1e-9, -2e-9])}}
+    >>> nudged = {GRADIENTS: {"w": np.array([1.0, 2.1]), "b": np.array([-1e-9, 1e-9])}}
+    >>> find_vanishing_gradients(reference, [nudged])
+    ['b']
+    """
+    return [
+        path
+        for path, expected in reference.get(GRADIENTS, {}).items()
+        if any(
+            _max_abs(_to_wide(x[GRADIENTS][path]) - _to_wide(expected))
+            > _ROUNDING * _max_abs(expected)
+            for x in noise_records
+        )
+    ]
+
+
 def _compare_leaves(
-    check: str, leaves: Leaves, reference: Leaves, nudged: Sequence[Leaves], limits: ErrorLimits
+    check: str,
+    leaves: Leaves,
+    reference: Leaves,
+    nudged: Sequence[Leaves],
+    limits: ErrorLimits,
+    *,
+    vanishing: Sequence[str],
 ) -> Iterator[ParityRow]:
-    """Yields a row for each leaf, without its mesh; a second one where rounding is coarse."""
+    """Yields rows without their mesh: of the worst leaf, and of each that is zero up to rounding.
+
+    A scalar has a row of its own, and so has each leaf where rounding is coarse. `vanishing` are
+    paths of parameters; their leaves of a state end with these.
+    """
     if check in SCALARS:
         for path in {**reference, **leaves}:
             actual, expected, *others = (
@@ -162,9 +204,31 @@ def _compare_leaves(
             noise = max(find_worst_leaf(x, expected)[1] for x in others)
             yield _number_row(check, path, actual, expected, noise=noise, limits=limits)
         return
-    noise = max(find_worst_leaf(x, reference)[1] for x in nudged)
-    path, error = find_worst_leaf(leaves, reference)
-    yield _number_row(check, path, leaves, reference, noise=noise, limits=limits)
+    own = {
+        path
+        for path in reference
+        if any(path == name or path.endswith(f"/{name}") for name in vanishing)
+    }
+    errors, noises = compute_errors(leaves, reference), {path: 0.0 for path in reference}
+    for x in nudged:
+        noises.update(
+            {p: max(noises.get(p, 0.0), e) for p, e in compute_errors(x, reference).items()}
+        )
+    noise = max((n for path, n in noises.items() if path not in own), default=0.0)
+    common = {path: error for path, error in errors.items() if path not in own}
+    if common:
+        worst = max(common, key=common.__getitem__)
+        yield _number_row(check, worst, leaves, reference, noise=noise, limits=limits)
+    for path in own:
+        yield _number_row(
+            check,
+            path,
+            leaves,
+            reference,
+            noise=max(noise, noises[path]),
+            limits=limits,
+            vanishing=True,
+        )
     if check == GRADIENTS and limits.threshold(check, noise) > _MAX_SCALING:
         for path, expected in reference.items():
             noise = max(abs(compute_scaling(x.get(path), expected) - 1) for x in nudged)
@@ -190,10 +254,11 @@ def _number_row(
     *,
     noise: float,
     limits: ErrorLimits,
+    vanishing: bool = False,
 ) -> ParityRow:
     error = compute_errors(leaves, reference).get(path, 0.0)
     scaling = compute_scaling(leaves.get(path), reference[path]) if path in reference else np.nan
-    threshold = limits.threshold(check, noise)
+    threshold = limits.threshold(check, noise, vanishing=vanishing)
     return ParityRow(
         "", check, path, error=error, noise=noise, threshold=threshold, scaling=scaling
     )

@@ -6,9 +6,8 @@ import math
 
 from .._core.errors import Problem, VerificationError, count, format_problems
 from .._core.io._notebook import text_html
-from .._core.io._table import Column, Table
+from .._core.io._table import Column, Table, text_width
 
-_WIDTH = 100
 _NUMBERS = [Column(name, right=True) for name in ("error", "noise", "threshold")]
 
 
@@ -110,7 +109,7 @@ class ParityReport:
         for mesh, mesh_rows in itertools.groupby(self.rows, key=lambda row: row.mesh):
             rows += [mesh, *(row.cells() for row in mesh_rows)]
         table = Table(["check", "worst leaf", *_NUMBERS, ""], rows, indent=2)
-        lines = [self.title, table.to_text(_WIDTH)]
+        lines = [self.title, table.to_text(text_width())]
         passed = len(self.rows) - len(self.failed)
         verdict = "every mesh equals one device" if self.ok else "NOT equal to one device"
         lines += [f"{mesh} likely: {why}" for mesh, why in self.causes]

@@ -6,13 +6,13 @@ from typing import overload
 
 from .._core.errors import count
 from .._core.io._notebook import notebook_html
-from .._core.io._table import Column, Table
+from .._core.io._table import Column, Table, text_width
 from .._core.source import Source
 from .._core.tree import format_bytes
 from .communication._ledger import Ledger, LedgerRow
 from .findings._finding import Finding, named_shares
 
-_WIDTH, _PARTS = 100, 6
+_PARTS = 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
 _WHY_UNKNOWN = ": the compiled program names no line of your code for these"
 
@@ -124,7 +124,7 @@ class BySource(Sequence[SourceCost]):
             beyond = f", {format_bytes(cost.in_findings)} in findings" if cost.in_findings else ""
             parts += [f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}{code}"]
             columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
-            parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(_WIDTH))
+            parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(text_width()))
         return "\n".join(parts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .._core.errors import count
 from .._core.io._notebook import text_html
-from .._core.io._table import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text, text_width
 from .._core.tree import format_bytes
 from ._by_source import SourceCost, group_by_source
 from ._data import ReportData
@@ -18,7 +18,7 @@ from .findings._finding import Finding
 from .memory._memory import MEMORY_CLASSES
 from .time._timeline import format_seconds
 
-_ROWS, _FINDINGS, _LAYOUTS, _PARTS, _WIDTH = 12, 12, 12, 3, 100
+_ROWS, _FINDINGS, _LAYOUTS, _PARTS = 12, 12, 12, 3
 _COLUMNS = ("", Column("before", right=True), Column("after", right=True), "change")
 
 
@@ -125,12 +125,12 @@ class Comparison:
             rows += ["sent per step, by source line:", *(one.cells() for one in parts)]
         left = len(self.sources[_ROWS:])
         rows += [f"and {left} more lines of code"] if left else []
-        table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
+        table = [Table(_COLUMNS, rows).to_text(text_width())] if rows else []
         return "\n".join([*_fold_lines(lines), *table, *_fold_lines(self.caveats)])
 
 
 def _fold_lines(texts: Iterable[str]) -> list[str]:
-    return [line for text in texts for line in fold_text(text, _WIDTH, "    ")]
+    return [line for text in texts for line in fold_text(text, text_width(), "    ")]
 
 
 def compare(before: ReportData, after: ReportData) -> Comparison:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from .._core.io._notebook import notebook_html
-from .._core.io._table import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text, text_width
 from .._core.tree import format_bytes
 from ._data import ReportData
 from .communication._axis_traffic import AxisTraffic
@@ -14,7 +14,6 @@ from .memory._memory import MEMORY_CLASSES
 from .time._flops import Flops
 from .time._timeline import format_seconds
 
-_WIDTH = 100
 _NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
 _ROWS, _FINDINGS, _SCOPES, _BUFFERS = 12, 12, 8, 5
 # Findings in a card.
@@ -37,9 +36,9 @@ _NUMBERS = {
 def to_text(report: ReportData) -> str:
     """Returns the report as plain text."""
     return "\n".join(
-        part.to_text(_WIDTH)
+        part.to_text(text_width())
         if isinstance(part, Table)
-        else "\n".join(fold_text(part, _WIDTH, "    "))
+        else "\n".join(fold_text(part, text_width(), "    "))
         for part in _text_parts(report)
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._core.errors import count
-from .._core.io._table import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text, text_width
 from .._core.tree import Leaf, format_bytes, leaves_by_path, short_type
 from .._core.types import WithAxes
 from ._resolve import Placement, place_leaf
@@ -13,7 +13,6 @@ from ._rule import Rule
 from ._specs import HasShape, count_shards, format_mesh, format_spec, mesh_sizes
 from ._unused import find_dead_entries
 
-_WIDTH = 100
 _COLUMNS = (
     "parameter",
     Column("type", most=22),
@@ -58,7 +57,7 @@ class Explanation:
         rules = list(dict.fromkeys(_format_reason(row) for row in self.rows if _format_reason(row)))
         notes = list(dict.fromkeys(why for row in self.rows for why in row.passed))
         table = Table(_COLUMNS, [self._format_row(row, rules, notes) for row in self.rows])
-        lines = [self._format_headline(), table.to_text(_WIDTH)]
+        lines = [self._format_headline(), table.to_text(text_width())]
         lines += _format_section("Rules", [f"R{n}  {source}" for n, source in enumerate(rules, 1)])
         lines += _format_section("Passed", [f"P{n}  {why}" for n, why in enumerate(notes, 1)])
         problems = [f"{p.subject}: {p.why}" for row in self.rows for p in row.problems]
@@ -146,5 +145,5 @@ def list_named_leaves(
 
 
 def _format_section(title: str, items: Iterable[str]) -> list[str]:
-    lines = [line for item in items for line in fold_text(f"  {item}", _WIDTH, "    ")]
+    lines = [line for item in items for line in fold_text(f"  {item}", text_width(), "    ")]
     return [f"{title}:", *lines] if lines else []

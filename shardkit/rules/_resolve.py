@@ -58,7 +58,8 @@ def place_leaf(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
 def _refuse_undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
     tried = [f"{p.why}, {p.nearest}" if p.nearest else p.why for p in passed]
     why = f"no rule decides it ({'; '.join(tried)})" if tried else "there are no rules"
-    fix = "first_match(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
+    fix = "params=sk.first_match(strategy.params, sk.REPLICATED) replicates what no rule decides"
+    fix += "; or add a rule for each"
     reasons = tuple(p.why for p in passed)
     return Placement(leaf, None, passed=reasons, problems=(Problem(str(leaf), why, fix),))
 

@@ -184,6 +184,10 @@ class Loop:
 
         with self._clock.exclude() as spent, self._stop.raise_at_once(save):
             scores = self._evaluate_state(self._step, state)
+            if not isinstance(scores, Mapping):
+                why = f"returns a {type(scores).__name__}, not a dict of scalars"
+                headline, fix = "The evaluation cannot be recorded.", "return {name: scalar}"
+                raise StepError.of(headline, "evaluate", why, fix)
             values = {name: float(x) for name, x in scores.items()}
         self._write("eval", step=done, **_make_columns(values, "evaluation"), **spent)
         for callback in self._callbacks:

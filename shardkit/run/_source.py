@@ -8,7 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from .._core.batch_values import SupportsArray
 from .._core.errors import DataError
+from .._core.types import PyTree
+from ..data import BatchSource, Loader
 
 
 @runtime_checkable
@@ -75,34 +78,31 @@ class IterableSource(_CountedSource):
         return itertools.islice(batches, start, None)
 
 
-@runtime_checkable
-class _ArrayLike(Protocol):
-    """What numpy can read: a tensor of torch on the CPU."""
-
-    def __array__(self) -> Any: ...
-
-
 def to_host_arrays(batch: Any) -> Any:
     """Converts leaves of other libraries, such as torch tensors of a DataLoader, to numpy."""
     known = (jax.Array, np.ndarray, np.generic)
     return jax.tree.map(
-        lambda x: np.asarray(x) if isinstance(x, _ArrayLike) and not isinstance(x, known) else x,
+        lambda x: np.asarray(x) if isinstance(x, SupportsArray) and not isinstance(x, known) else x,
         batch,
     )
 
 
-# What users pass: data in any of three forms, and `(step, state) -> metrics` of validation data.
-Data = DataSource | Callable[[int], Any] | Iterable[Any]
+# What users pass: data in any of four forms, and `(step, state) -> metrics` of validation data.
+Data = Callable[[int], Any] | Iterable[Any] | BatchSource | DataSource
 Evaluate = Callable[[Any, Any], Mapping[str, Any]]
 
 
-def as_source(data: Data, *, resumable: bool = True) -> DataSource:
-    """Wraps a function or an iterable; a source is returned as it is.
+def as_source(data: Data, shardings: Callable[[], PyTree], *, resumable: bool = True) -> DataSource:
+    """Wraps a function or an iterable; a source that reads ahead itself is returned as it is.
+
+    A `BatchSource` is read by a `Loader`, for the shardings of the step's batch.
 
     Raises DataError for an iterator, which yields its batches once, in a run that may resume.
     """
     if isinstance(data, DataSource):
         return data
+    if isinstance(data, BatchSource):
+        return Loader(data, shardings)
     if callable(data):
         return FunctionSource(data)
     if resumable and isinstance(data, Iterator):

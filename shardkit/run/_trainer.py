@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .._core.interrupts import guard_script
 from .._core.io._console import show_task
 from .._core.io._files import local_path
 from .._core.options import check_arguments, copy_plain
+from .._core.signatures import call_problem
 from .._core.types import Params, PyTree
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -26,7 +27,7 @@ from ._facts import agree_on_run, agree_on_step
 from ._folder import open_run_folder
 from ._loop import Loop, state_metric_problems
 from ._resume import FACTS, ResumeDecision, decide_resume
-from ._source import Data, DataSource, Evaluate, as_source
+from ._source import BatchSource, Data, DataSource, Evaluate, as_source
 from .callbacks import (
     Callback,
     Describe,
@@ -49,8 +50,9 @@ class Trainer:
       step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, compiled
         once everything else has been checked.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that yields the same
-        batches each time, of which a resumed run skips the first ones (not a generator); or a
-        `DataSource`, which can start anywhere. Batches are as `step` takes them.
+        batches each time, of which a resumed run skips the first ones (not a generator); or what
+        can start anywhere: an `sk.data.Arrays`, or any other `sk.data.BatchSource`. Batches are as
+        `step` takes them.
       folder: of the run. An existing folder is never written to unless its run resumes: a new
         run gets `folder-2`, `folder-3`, ….
       config: how long the run is, what it reports, and what it keeps.
@@ -108,7 +110,7 @@ class Trainer:
             ConfigError,
             headline,
             step=(self.step, StepSpec | Callable[..., Any]),
-            data=(self.data, DataSource | Callable[..., Any] | Iterable[Any]),
+            data=(self.data, Data),
             folder=(self.folder, str | os.PathLike[str]),
             config=(self.config, TrainConfig),
             evaluate=(self.evaluate, Callable[..., Any] | None),
@@ -123,7 +125,7 @@ class Trainer:
         )
         folder = local_path(self.folder, ConfigError, "A run is kept in files.")
         record = copy_plain(ConfigError, headline, record=self.record)["record"]
-        problems = state_metric_problems(self.metrics)
+        problems = [*state_metric_problems(self.metrics), *self._call_problems()]
         if self.params is not None and self.load_params is not None:
             problems.append(Problem("params", "are given, and load_params= too", "one of them"))
         if FACTS in record:
@@ -138,6 +140,18 @@ class Trainer:
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
             for name, value in mute.items():
                 object.__setattr__(self, name, value)
+
+    def _call_problems(self) -> Iterator[Problem]:
+        """Functions that cannot be called as a run calls them."""
+        functions: dict[str, tuple[Any, tuple[str, ...]]] = {
+            "evaluate": (self.evaluate, ("step", "state")),
+            "load_params": (self.load_params, ("step",)),
+        }
+        if not isinstance(self.data, BatchSource | DataSource):
+            functions["data"] = (self.data if callable(self.data) else None, ("i",))
+        for name, (function, arguments) in functions.items():
+            if function is not None and (why := call_problem(function, arguments)):
+                yield Problem(name, why, f"{name}=lambda {', '.join(arguments)}: ...")
 
     def run(self) -> Any:
         """Trains from the start, or from the newest checkpoint, and returns the last state.
@@ -156,7 +170,11 @@ class Trainer:
     def _run(self) -> Any:
         began, source, config, process_group = (
             time.time(),
-            as_source(self.data, resumable=self.config.checkpoint_every > 0),
+            as_source(
+                self.data,
+                lambda: step.batch_shardings,
+                resumable=self.config.checkpoint_every > 0,
+            ),
             self.config,
             self.process_group,
         )

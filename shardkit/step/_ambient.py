@@ -12,12 +12,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from .._core.donation import raise_traced
 from .._core.errors import Problem, ShardingError, did_you_mean, format_problems
 from .._core.source import find_user_line
 from .._core.tracing import TraceContext
@@ -44,7 +46,7 @@ def around_init(mesh: Mesh) -> Iterator[None]:
     linen and nnx look for `jax.set_mesh` before they apply them. Raises ShardingError for a
     constraint that JAX refuses.
     """
-    with _legacy_mesh(mesh), jax.set_mesh(_NO_MESH), _flax_rules(()), _lazy_nnx():
+    with _legacy_mesh(mesh), _set_mesh(_NO_MESH), _flax_rules(()), _lazy_nnx():
         with explain_refused_constraints(mesh):
             yield
 
@@ -60,7 +62,7 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
     """
     has_flax = _FLAX in sys.modules
     flax = _flax_rules(_FlaxRules(((rules, mesh),)))
-    with _legacy_mesh(mesh), jax.set_mesh(mesh), _has_flax.use(has_flax), flax:
+    with _legacy_mesh(mesh), _set_mesh(mesh), _has_flax.use(has_flax), flax:
         with explain_refused_constraints(mesh):
             yield
     if _FLAX in sys.modules and not has_flax:
@@ -72,8 +74,17 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
 @contextlib.contextmanager
 def no_ambient_mesh() -> Iterator[None]:
     """Hides a `with mesh:` or `jax.set_mesh` around the caller from what is traced."""
-    with _legacy_mesh(_NO_MESH), jax.set_mesh(_NO_MESH):
+    with _legacy_mesh(_NO_MESH), _set_mesh(_NO_MESH):
         yield
+
+
+def _set_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
+    try:
+        return jax.set_mesh(mesh)
+    except ValueError as error:  # which JAX raises under a trace, of whatever mesh
+        if "outside" not in str(error):
+            raise
+        raise_traced("step", "is compiled while a function is traced")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from .._core.batch_values import (
+    check_order,
+    is_array,
+    is_list,
+    is_stream,
+    list_problem,
+    to_arrays,
+    value_problems,
+)
 from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
 from .._core.row_dims import with_dim
@@ -16,7 +25,6 @@ from .._core.train_state import TrainState
 from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch, Key, PyTree
 from ..data import place_rows, process_rows
-from ._batch_values import check_order, is_array, is_list, list_problem, to_arrays, value_problems
 from ._given_leaves import place_given
 from ._layout import RESIDUALS, StepLayout
 
@@ -45,7 +53,7 @@ def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
 
 def take_batch(batch: Batch) -> Batch:
     """Returns a batch of arrays and Python's numbers; BatchError with all NumPy cannot read."""
-    if all(map(is_array, flatten_tree(batch, "batch")[0])):
+    if not is_stream(batch) and all(map(is_array, flatten_tree(batch, "batch")[0])):
         return batch
     problems = list(value_problems(batch))
     raise_all(BatchError, "The batch does not consist of arrays.", problems)

@@ -4,8 +4,9 @@ A loss returns a scalar or `Mean`, alone or with a dict of metrics, and the new 
 is stateful.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import widen
-from .._core.tree import short_type
+from .._core.tree import describe_type, short_type
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
 from .._core.without_gradient import WEIGHT, without_gradient
 from ._unbound_axes import bind_batch_axes, explain_unbound_axes
@@ -54,7 +55,7 @@ def build_objective(
     def run(
         params: Params, model_state: PyTree, batch: Batch, key: Key
     ) -> tuple[Scalar, LossOutput]:
-        with jax.named_scope("loss"), explain_unbound_axes(mesh):
+        with jax.named_scope("loss"), explain_unbound_axes(mesh), _explain_no_batch(batch):
             if loss.stateful:
                 value, metrics, model_state = _split_stateful_output(
                     call(params, batch, key, model_state)
@@ -69,6 +70,19 @@ def build_objective(
         return mean.total, LossOutput(mean, named, model_state)
 
     return run
+
+
+@contextlib.contextmanager
+def _explain_no_batch(batch: Batch) -> Iterator[None]:
+    """Raises StepError where a loss reads a leaf of a batch that has none."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        if jax.tree.leaves(batch):
+            raise
+        why = f"is {batch!r}, without a leaf; the loss raises {type(error).__name__}: {error}"
+        fix = "batch=next(iter(data)), one batch; a loss without data takes batch={}"
+        raise StepError.of("The loss cannot be traced.", "batch", why, fix) from error
 
 
 def value_and_grad(
@@ -196,7 +210,7 @@ def _split_stateful_output(out: Any) -> tuple[Any, Mapping[str, Any], Any]:
 
 
 def _output_error(out: Any, expected: str) -> StepError:
-    types = [type(x).__name__ for x in out] if isinstance(out, tuple) else [type(out).__name__]
+    types = map(describe_type, out if isinstance(out, tuple) else (out,))
     why = f"returned ({', '.join(types)}); expected {expected}"
     fix = "return loss, {'accuracy': accuracy}"
     return StepError.of("The loss does not return what a step can use.", "loss_fn", why, fix)

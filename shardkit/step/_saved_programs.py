@@ -218,7 +218,8 @@ def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedProgr
         missing = isinstance(error, FileNotFoundError)
         why = "does not exist" if missing else f"is not a saved step: {first_line(error)}"
         if mesh is None or missing:
-            fix = f"step.save({str(path)!r}); or pass mesh=, which compiles the step anew"
+            other = "spec.compile(mesh)" if missing else "pass mesh=, which compiles the step anew"
+            fix = f"step.save({str(path)!r}); or {other}"
             raise StepError.of(_UNLOADED, str(path), why, fix) from None
         warn_stale(path, [Problem(str(path), why)])
         return SavedPrograms(path, mesh, {}, frozenset())

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, overload
 
-import jax
 import optax
 from jax.sharding import Mesh
 
+from .._core.batch_values import to_abstract, to_arrays
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.io._notebook import notebook_html
 from .._core.precision import Precision, parse_precision
@@ -17,7 +17,6 @@ from .._core.tree import list_leaves
 from .._core.types import Accumulate, Batch, Follows, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
-from ._batch_values import to_arrays
 from ._compiled import CompiledStep
 from ._miscompiled import OnMiscompiled
 from ._nonfinite import OnNonfinite
@@ -187,7 +186,7 @@ class StepSpec:
             self._set("strategy", dataclasses.replace(self.strategy, **changes))
             problems += strategy_problems(self, _STRATEGY_FIELDS)
         raise_all(StepError, _HEADLINE, problems)
-        self._set("batch", jax.tree.map(_to_abstract, self.batch))
+        self._set("batch", to_abstract(self.batch))
         self._set("compiler_options", dict(self.compiler_options))
 
     def describe(self) -> dict[str, str]:
@@ -346,7 +345,3 @@ def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
     why = "is not given, and a StepSpec has none" if mesh is None else why
     fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
     raise StepError.of("The step needs exactly one mesh.", "mesh", why, fix)
-
-
-def _to_abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import optax
 
+from .._core.batch_values import declaration_problems
 from .._core.errors import Problem, StepError, did_you_mean
 from .._core.options import option_problems
 from .._core.precision import Precision
 from ..parallel import Strategy
 from ._batch_rows import row_dim_problems
-from ._batch_values import declaration_problems
 from ._miscompiled import OnMiscompiled
 from ._nonfinite import ON_NONFINITE
 from ._trainable import is_trainable
@@ -36,7 +36,7 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
         ("loss_fn", callable(spec.loss_fn), "def loss_fn(params, batch, key): ..."),
         ("optimizer", is_chain, _optimizer_fix(spec.optimizer)),
         ("init", callable(spec.init), "def init(key): return params"),
-        ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
+        ("strategy", isinstance(spec.strategy, Strategy), _strategy_fix(spec.strategy)),
         ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
         ("trainable", is_trainable(spec.trainable), '"lora/**", or lambda path: "lora" in path'),
     )
@@ -55,9 +55,19 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
     )
 
 
+def _strategy_fix(strategy: Any) -> str:
+    if isinstance(strategy, str) or callable(strategy):
+        return "sk.strategies.fsdp(), called; or another of them, joined by |"
+    return "sk.Strategy(params=...)"
+
+
 def _optimizer_fix(optimizer: Any) -> str:
     if isinstance(optimizer, optax.MultiSteps):
         return "optax.MultiSteps(...).gradient_transformation()"
+    if isinstance(optimizer, list | tuple):
+        return "optax.chain(*optimizers)"
+    if isinstance(optimizer, Mapping):
+        return "optax.multi_transform(optimizers, labels)"
     return "optax.adamw(1e-3), called"
 
 

@@ -11,7 +11,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.partition import Partition
 from .._core.precision import widen
 from .._core.train_state import TrainState
-from .._core.tree import leaves_by_path, short_type
+from .._core.tree import describe_type, leaves_by_path
 from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree, Scalar
 from ._gradients import GradientFn, constrain_tree
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
@@ -148,4 +148,4 @@ def check_state_types(before: TrainState, after: TrainState) -> None:
 
 def _leaf_types(tree: PyTree, name: str) -> dict[str, str]:
     """`{path: "f32[4,8]"}` of every leaf."""
-    return {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, name).items()}
+    return {path: describe_type(x) for path, x in leaves_by_path(tree, name).items()}

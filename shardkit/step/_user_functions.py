@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from .._core.errors import Problem, ShardingError, StepError, count, raise_all
+from .._core.batch_values import SupportsArray, is_list, list_problem
+from .._core.errors import Problem, ShardingError, StepError, raise_all
+from .._core.signatures import call_problem
 from .._core.tree import flatten_tree, is_numeric, join_path, path_str
 from .._core.types import Loss, PyTree, Variables, has_axes
 from ..nn._manual_axis_rules import ShardMapLoss
@@ -69,17 +71,7 @@ def _signature_problems(
         model = f"model = {adapter}; {subject}=model.{name}"
         yield Problem(subject, why, model if adapter else fix)
         return
-    try:
-        # A wrapper can take other arguments than the function that it names as its own.
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # a function of C has none
-        return
-    try:
-        signature.bind(*names)
-    except TypeError as error:
-        what = getattr(function, "__name__", type(function).__name__)
-        shown = ", ".join(str(p) for p in signature.parameters.values())
-        why = f"is {what}({shown}), called with {count(len(names), 'argument')}: {error}"
+    if why := call_problem(function, names):
         yield Problem(subject, why, fix)
 
 
@@ -111,11 +103,16 @@ def collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
         if has_axes(leaf)
     ]
     problems = [
-        Problem(join_path("params", path), f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims")
+        Problem(
+            join_path("params", path),
+            f"is named by the text {x.axes!r}, not by a tuple of names"
+            if isinstance(x.axes, str)
+            else f"{len(x.axes)} names {x.axes} for {x.value.ndim} dims",
+        )
         for path, x in named
-        if len(x.axes) > x.value.ndim
+        if isinstance(x.axes, str) or len(x.axes) > x.value.ndim
     ]
-    fix = "at most one name or None per dim"
+    fix = 'at most one name or None per dim, such as ("embed", "mlp")'
     raise_all(ShardingError, "Logical axes do not fit.", problems, fix)
     return {path: (*x.axes, *[None] * (x.value.ndim - len(x.axes))) for path, x in named}
 
@@ -135,17 +132,24 @@ def check_initial(initial: PyTree) -> None:
 
 
 def _leaf_problems(tree: PyTree, name: str) -> Iterator[Problem]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=has_axes)
-    wrong = [
-        (join_path(name, path_str(path)), value)
-        for path, x in leaves
-        if not is_numeric(value := x.value if has_axes(x) else x)
-    ]
-    fix = "leave it out of the tree: loss_fn can refer to it by its name"
-    if wrong and (adapter := _find_module(tree)):
-        fix = f"model = {adapter}; init=model.init, loss_fn=model.loss_fn"
-    for path, value in wrong:
-        yield Problem(path, f"is {_describe(value)}, not an array of numbers", fix)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: has_axes(x) or _is_matrix(x)
+    )
+    adapter = _find_module(tree)
+    for path, x in leaves:
+        value, at = x.value if has_axes(x) else x, join_path(name, path_str(path))
+        if _is_matrix(value):
+            yield list_problem(at, value)
+        elif not is_numeric(value):
+            fix = "leave it out of the tree: loss_fn can refer to it by its name"
+            fix = "jnp.asarray(...) of it" if isinstance(value, SupportsArray) else fix
+            fix = f"model = {adapter}; init=model.init, loss_fn=model.loss_fn" if adapter else fix
+            yield Problem(at, f"is {_describe(value)}, not an array of numbers", fix)
+
+
+def _is_matrix(x: Any) -> bool:
+    """Whether a node is a list of lists of numbers; one of numbers may be several parameters."""
+    return is_list(x) and any(isinstance(row, list | tuple) for row in x)
 
 
 def _find_module(tree: PyTree) -> str:

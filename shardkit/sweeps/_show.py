@@ -5,11 +5,10 @@ import statistics
 from collections.abc import Sequence
 
 from .._core.errors import count
-from .._core.io._table import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text, text_width
 from .._core.tree import format_bytes
 from ._row import SweepRow
 
-_WIDTH = 100
 # Wide enough for three axes; further ones continue on the next line.
 _MESH = Column("mesh", most=24)
 
@@ -18,13 +17,13 @@ def format_sweep(
     title: str, ranked: Sequence[SweepRow], unranked: Sequence[SweepRow], by: str
 ) -> str:
     """Formats a sweep as text of at most 100 columns; `ranked` rows are ok, the best first."""
-    lines = fold_text(title, _WIDTH)
+    lines = fold_text(title, text_width())
     if ranked:
-        lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(_WIDTH)]
-        lines += [line for note in _write_notes(ranked) for line in fold_text(note, _WIDTH)]
+        lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(text_width())]
+        lines += [line for note in _write_notes(ranked) for line in fold_text(note, text_width())]
     if unranked:
         lines.append(f"\nNot ranked: {len(unranked)} of {len(ranked) + len(unranked)}")
-        lines.append(_unranked_table(unranked).to_text(_WIDTH))
+        lines.append(_unranked_table(unranked).to_text(text_width()))
     return "\n".join(lines)
 
 

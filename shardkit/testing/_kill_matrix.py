@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems
-from .._core.io._table import Table
+from .._core.io._table import Table, text_width
 from .._core.options import check_arguments
 from .._core.types import Accumulate, Batch
 from ..parity import (
@@ -96,7 +96,7 @@ class KillMatrix:
             also = f" (also {', '.join(others)})" if others else ""
             status = "killed" if row.ok else "SURVIVES"
             rows.append((row.mutation.name, status, f"by {', '.join(required)}{also}"))
-        table = Table(("", "", ""), rows).to_text(100)
+        table = Table(("", "", ""), rows).to_text(text_width())
         killed = f"{sum(row.ok for row in self.rows)} of {len(self.rows)} mutations killed."
         return "\n".join([f"without a mutation: {verdict}", table, killed])
 

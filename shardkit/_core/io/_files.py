@@ -194,7 +194,7 @@ def path_problem(path: str | os.PathLike[str], subject: str = "", fix: str = "")
     return Problem(subject or text, why, fix)
 
 
-_LOCAL = "runs/first, or another path of this machine"
+_LOCAL = "a path of this machine, such as ./first"
 
 
 def _sync(path: Path) -> None:

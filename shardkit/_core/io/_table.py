@@ -1,5 +1,7 @@
 """Tables of aligned columns, which fold long cells; nested mappings as their rows."""
 
+import contextlib
+import contextvars
 import dataclasses
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +12,30 @@ from ..errors import printable
 # Columns are not folded to less than this, since every word would be broken.
 _NARROWEST = 8
 _CONTINUED = "    "
+
+
+# Columns to which the texts of results are folded.
+_text_width: contextvars.ContextVar[int] = contextvars.ContextVar("text_width", default=100)
+
+
+def text_width() -> int:
+    """Columns to which the text of a result is folded: 100, or fewer on a narrower terminal."""
+    return _text_width.get()
+
+
+@contextlib.contextmanager
+def narrow_texts(columns: int) -> Iterator[None]:
+    """Folds texts of results to a terminal of so many columns.
+
+    >>> with narrow_texts(60):
+    ...     text_width()
+    60
+    """
+    token = _text_width.set(max(40, min(columns, text_width())))
+    try:
+        yield
+    finally:
+        _text_width.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ from ..hlo._slices import Slices
 from ..hlo._source_lines import Sources
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
+_NO_ROW = "The ledger has no such row."
+
 Axes = tuple[str, ...]
 
 
@@ -269,9 +271,11 @@ class Ledger(Sequence[LedgerRow]):
         for axis in axes:
             if axis not in names:
                 hint = did_you_mean(axis, names)
-                raise ReportError(f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}")
+                why = f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}"
+                raise ReportError.of(_NO_ROW, f"axis={axis!r}", why, f"one of {', '.join(names)}")
         if kind is not None and kind.replace("_", "-") not in KINDS:
-            raise ReportError(f"There is no collective {kind!r}.{did_you_mean(kind, KINDS)}")
+            why = f"There is no collective {kind!r}.{did_you_mean(kind, KINDS)}"
+            raise ReportError.of(_NO_ROW, f"kind={kind!r}", why, f"one of {', '.join(KINDS)}")
 
 
 def wire_bytes(kind: str, payload: int, group: int) -> float:

@@ -80,9 +80,9 @@ def call_update(
         extra_args = {name: given[name] for name in names if name in given}
         try:
             result = optimizer.update(grads, opt_state, params, **extra_args)
-        except ShardkitError:
+        except (ShardkitError, LossAskedError):
             raise
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except Exception as error:
             if names and _REFUSED in str(error):
                 continue
             raise _explain(error, list(offered)) from error

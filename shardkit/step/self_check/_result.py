@@ -4,11 +4,10 @@ import dataclasses
 from typing import Literal
 
 from ..._core.errors import Problem, VerificationError, count, raise_all
-from ..._core.io._table import Column, Table
+from ..._core.io._table import Column, Table, text_width
 
 Verdict = Literal["ok", "FAILED", "too noisy", "not checked"]
 
-_WIDTH = 100
 _FIXES = {
     "loss": (
         "step.replace(accumulate=1), mode='auto' or another mesh, to see whose loss differs; "
@@ -141,7 +140,7 @@ class SelfCheck:
         gap, most = Column("gap", right=True), Column("at most", right=True)
         columns = ["check", gap, most, "", "leaf", "why"]
         table = Table(columns, [_cells(check) for check in self.checks], indent=2)
-        return f"self check on mesh ({self.mesh})\n{table.to_text(_WIDTH)}\n{self.line}"
+        return f"self check on mesh ({self.mesh})\n{table.to_text(text_width())}\n{self.line}"
 
 
 def _cells(check: Check) -> tuple[str, ...]:

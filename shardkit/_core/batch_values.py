@@ -4,19 +4,26 @@ A leaf that NumPy can read, such as a tensor of torch on the host, becomes its a
 numbers is named by its path: strings, objects, typed keys, and lists, which JAX takes as trees.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from .._core.errors import Problem, StateError, first_line
-from .._core.train_state import TrainState
-from .._core.tree import flatten_tree, is_numeric, leaves_by_path, short_type
-from .._core.types import Batch
+from .errors import Problem, StateError, first_line
+from .train_state import TrainState
+from .tree import flatten_tree, is_numeric, leaves_by_path, short_type
+from .types import Batch, PyTree
 
 _KEYS_FIX = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
 _ORDER = "step(state, batch), with state = step.init(jax.random.key(0))"
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """What NumPy can read, such as a tensor of torch on the host."""
+
+    def __array__(self) -> Any: ...
 
 
 def check_order(state: Any, batch: Any) -> None:
@@ -31,14 +38,27 @@ def check_order(state: Any, batch: Any) -> None:
 
 def to_arrays(batch: Batch) -> Batch:
     """Returns a batch with the leaves that NumPy can read as its arrays, the others as they are."""
+    if is_stream(batch):
+        return batch
     leaves, structure = flatten_tree(batch, "batch")
     return structure.unflatten(
         x if _is_known(x) or _value_problem("", x) else np.asarray(x) for x in leaves
     )
 
 
+def to_abstract(batch: Batch) -> PyTree:
+    """Returns a declared batch as `ShapeDtypeStruct`s, of the dtypes that arrays of JAX have."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
+        to_arrays(batch),
+    )
+
+
 def value_problems(batch: Batch) -> Iterator[Problem]:
     """Leaves of a batch that are not numbers and cannot be read as such."""
+    if is_stream(batch):
+        yield _stream_problem(batch)
+        return
     for path, x in leaves_by_path(batch, "batch").items():
         if isinstance(x, jax.ShapeDtypeStruct):
             shape = short_type(x.shape, x.dtype)
@@ -49,6 +69,9 @@ def value_problems(batch: Batch) -> Iterator[Problem]:
 
 def declaration_problems(batch: Batch) -> Iterator[Problem]:
     """Leaves of a declared batch that are not arrays; a list of numbers counts as one."""
+    if is_stream(batch):
+        yield _stream_problem(batch)
+        return
     for path, x in leaves_by_path(batch, "batch", is_leaf=is_list).items():
         if is_list(x):
             yield list_problem(path, x)
@@ -57,6 +80,16 @@ def declaration_problems(batch: Batch) -> Iterator[Problem]:
         elif isinstance(x, int | float | complex) and not isinstance(x, np.generic):
             why = f"is of type {type(x).__name__}, not an array"
             yield Problem(path, why, "numpy.asarray(...)")
+
+
+def is_stream(batch: Any) -> bool:
+    """Whether a batch is an iterator of batches, which JAX warns of as a leaf."""
+    return isinstance(batch, Iterator)
+
+
+def _stream_problem(batch: Any) -> Problem:
+    fix = "one batch of it: next(iter(...)), or a call of the function"
+    return Problem("batch", f"is of type {type(batch).__name__}, not a batch", fix)
 
 
 def list_problem(path: str, x: Any) -> Problem:
@@ -103,6 +136,8 @@ def _value_problem(path: str, x: Any) -> Problem | None:
         return Problem(path, why, "x.detach().float().cpu().numpy() of a torch tensor")
     if is_numeric(array):
         return None
+    if path == "batch" and isinstance(x, Iterable | Callable):
+        return _stream_problem(x)
     what = f"an array of {x.dtype}" if isinstance(x, np.ndarray | np.generic) else ""
     why = f"is {what or f'of type {type(x).__name__}'}, not an array of numbers"
     return Problem(path, why, "numbers, such as token ids; or keep it out of the batch")
