@@ -322,7 +322,7 @@ MODELS = {
         BY_HEADS,
         {"x": SEQUENCES, "mask": np.ones((16, LENGTH, LENGTH), "f")},
         sk.PathRules({"x": P("data"), "mask": P("data", None, "tensor")}),
-        finding="stored_contraction",
+        finding="dim_gather",
     ),
     "moments_of_another_layout": Case(
         moments_of_another_layout,
@@ -346,7 +346,7 @@ MODELS = {
         {"x": IMAGES},
         declared_by="the constraint at",
         init=lambda key: Normed().init(key, IMAGES)["params"],
-        finding="gradient_gather",
+        finding="split_contraction",
     ),
     "gate_split_otherwise": Case(
         gate_split_otherwise,

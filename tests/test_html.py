@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit._core.tree import Leaf
 from shardkit.report import Finding, Flops, Ledger, LedgerRow, Memory, PlacedLeaf, Report
-from shardkit.report._program import LeafLayout
+from shardkit.report._saved import LeafLayout
 from shardkit.report.time._timeline import Segment, Timeline
 
 from ._programs import make_mesh

@@ -14,7 +14,7 @@ from html import escape, unescape
 import pytest
 
 from shardkit.report import Program, Report
-from shardkit.report._ticks import TickTable
+from shardkit.report._saved import TickTable
 
 from ._programs import recorded
 

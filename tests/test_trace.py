@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 import shardkit as sk
 from shardkit._core.errors import ReportError
 from shardkit.report import CompiledBytes, Program, Report
-from shardkit.report._ticks import TickTable
+from shardkit.report._saved import TickTable
 from shardkit.report.memory import _history
 from shardkit.report.time import _profile
 from shardkit.report.time._timeline import format_seconds

@@ -2,16 +2,26 @@
 
 from ._budget import Budget, check
 from ._compare import Change, Comparison, compare
-from ._program import AxisKind, CompiledBytes, Declarations, PlacedLeaf, Program, SplitPart
+from ._placed_leaf import PlacedLeaf
+from ._program import (
+    AxisKind,
+    CompiledBytes,
+    Declarations,
+    Program,
+    SplitPart,
+    find_batch_axes,
+)
 from ._report import Report
-from ._ticks import TickTable
+from ._saved import TickTable
 from .communication._axis_traffic import AxisTraffic
-from .communication._governing import GoverningConstraint
+from .communication._entries import find_first_reader
+from .communication._governing import GoverningConstraint, OddDeclaration
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
 from .findings._finding import Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
+from .findings._odd_declarations import AGREE, find_blamed
 from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
@@ -20,6 +30,7 @@ from .time._profile import find_profile
 from .time._timeline import Segment, Timeline, model_time
 
 __all__ = [
+    "AGREE",
     "FINDINGS",
     "MEMORY_CLASSES",
     "AxisKind",
@@ -36,6 +47,7 @@ __all__ = [
     "LedgerRow",
     "Memory",
     "Minimum",
+    "OddDeclaration",
     "PlacedLeaf",
     "Program",
     "Report",
@@ -46,6 +58,9 @@ __all__ = [
     "check",
     "compare",
     "count_flops",
+    "find_batch_axes",
+    "find_blamed",
+    "find_first_reader",
     "find_profile",
     "model_time",
     "read_ledger",

@@ -10,7 +10,7 @@ from .._core.io._table import Column, Table, text_width
 from .._core.source import Source
 from .._core.tree import format_bytes
 from .communication._ledger import Ledger, LedgerRow
-from .findings._finding import Finding, named_shares
+from .findings._finding import SMALL, Finding, named_shares
 
 _PARTS = 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
@@ -135,10 +135,13 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
     """
     lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
     for row, share in zip(ledger, named_shares(ledger, findings), strict=True):
-        for source, part in _divide_row(row):
+        named = row.wire_bytes * share
+        # Findings are about what has a line before what is combined with it.
+        for source, part in sorted(_divide_row(row), key=lambda one: one[0] is None):
             unknown = OPTIMIZER if row.phase == "update" else UNKNOWN
             key = (source.file, source.line) if source else (unknown, 0)
-            lines.setdefault(key, []).append((source, part, part.bytes * share))
+            lines.setdefault(key, []).append((source, part, min(part.bytes, named)))
+            named -= min(part.bytes, named)
     costs = []
     for (name, _), found in lines.items():
         source = found[0][0]
@@ -149,7 +152,12 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
         costs.append(
             SourceCost(source, str(source) if source else name, total, round(named), parts)
         )
-    return BySource(tuple(sorted(costs, key=lambda cost: (-cost.in_findings, -cost.bytes))))
+    return BySource(tuple(sorted(costs, key=_rank)))
+
+
+def _rank(cost: SourceCost) -> tuple[int, int]:
+    """Most bytes in findings first; scalars that are combined with their rows count for none."""
+    return -cost.in_findings if cost.in_findings > SMALL else 0, -cost.bytes
 
 
 def _divide_row(row: LedgerRow) -> Iterator[tuple[Source | None, SourcePart]]:

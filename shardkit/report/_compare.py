@@ -12,7 +12,7 @@ from .._core.io._table import Column, Table, fold_text, text_width
 from .._core.tree import format_bytes
 from ._by_source import SourceCost, group_by_source
 from ._data import ReportData
-from ._program import LeafLayout
+from ._saved import LeafLayout
 from .communication._ledger import Ledger
 from .findings._finding import Finding
 from .memory._memory import MEMORY_CLASSES

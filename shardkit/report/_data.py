@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ._program import LeafLayout, TickTable
+from ._saved import LeafLayout, TickTable
 from .communication._axis_traffic import AxisTraffic, measure_traffic
 from .communication._ledger import Ledger
 from .communication._minimum import Minimum

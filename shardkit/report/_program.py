@@ -7,141 +7,20 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import PartitionSpec
 
-from .._core.tree import Leaf, join_path, nbytes, short_dtype
-from ._ticks import TickTable
+from .._core.tree import ends_path
+from ._placed_leaf import PlacedLeaf
+from ._saved import TickTable
 from .communication._ends import add_ends
-from .communication._governing import GoverningConstraint
+from .communication._governing import GoverningConstraint, OddDeclaration
 from .communication._ledger import Ledger, LedgerRow, build_ledger
-from .hlo._hlo import Module, dtype_bits, parse
+from .hlo._hlo import Module, parse
 
 SplitPart = Literal["rows", "length", "layers", "experts", "weights", "heads", "optimizer_state"]
-PARTS = ("params", "opt_state", "model_state", "batch", "rest")
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedLeaf:
-    """One argument of the executable: an array, the spec it has, and whether it is donated.
-
-    Attributes:
-      part: which part of the step's input it belongs to: one of `PARTS`; the step counter and
-        the random key are "rest".
-      leaf: path, global shape and dtype.
-      spec: its `PartitionSpec`, as resolved.
-      donated: the caller gives the buffer away, so an output should reuse it.
-      declared_replicated: the spec declares that every device holds all of it (`sk.REPLICATED`,
-        or this leaf follows a parameter so declared). Otherwise a copy on every device is a
-        finding.
-      declared_by: the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown.
-      frozen: a parameter without gradient.
-    """
-
-    part: str
-    leaf: Leaf
-    spec: PartitionSpec
-    donated: bool = False
-    declared_replicated: bool = False
-    declared_by: str = ""
-    frozen: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its path with its part: `params/w`; of a bare array, `params`."""
-        return join_path(self.part, self.leaf.path)
-
-    def axes(self) -> tuple[str, ...]:
-        """Mesh axes that split this array.
-
-        >>> import numpy as np
-        >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
-        >>> PlacedLeaf("params", leaf, PartitionSpec(("data", "fsdp"), None)).axes()
-        ('data', 'fsdp')
-        """
-        return tuple(axis for dim in self.spec for axis in _dim_axes(dim))
-
-    def dims(self) -> tuple[tuple[str, ...], ...]:
-        """Mesh axes that split each dim of the array; the spec may have fewer entries."""
-        dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
-        return tuple(map(_dim_axes, dims))
-
-    def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of one device's shard, where mesh axis `a` has `sizes[a]` devices."""
-        ways = [math.prod(sizes[axis] for axis in dim) for dim in self.dims()]
-        return tuple(-(-size // n) for size, n in zip(self.leaf.shape, ways, strict=True))
-
-    def device_bytes(self, sizes: Mapping[str, int], dtype: str | None = None) -> int:
-        """Bytes of one device's shard.
-
-        Args:
-          sizes: mesh axis → devices along it.
-          dtype: XLA's name of a dtype to count floats as, `"bf16"`; None: the leaf's own.
-
-        >>> import numpy as np
-        >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
-        >>> PlacedLeaf("params", leaf, PartitionSpec("data")).device_bytes({"data": 4})
-        32
-        """
-        if dtype is None or not jnp.issubdtype(self.leaf.dtype, jnp.inexact):
-            return nbytes(self.shard(sizes), self.leaf.dtype)
-        return math.prod(self.shard(sizes)) * dtype_bits(dtype) // 8
-
-    def layout(self, sizes: Mapping[str, int]) -> "LeafLayout":
-        """Returns its layout on a mesh as plain values, for a file."""
-        return LeafLayout(
-            part=self.part,
-            path=self.leaf.path,
-            shape=self.leaf.shape,
-            dtype=short_dtype(self.leaf.dtype),
-            names=self.leaf.axes,
-            spec=self.dims(),
-            shard=self.shard(sizes),
-            device_bytes=self.device_bytes(sizes),
-            declared_replicated=self.declared_replicated,
-            declared_by=self.declared_by,
-        )
-
-
-def _dim_axes(dim: Any) -> tuple[str, ...]:
-    """Mesh axes of one entry of a spec; `UNCONSTRAINED` counts as none."""
-    if isinstance(dim, str):
-        return (dim,)
-    return dim if isinstance(dim, tuple) else ()
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafLayout:
-    """One array of the step's input and the part of it that a device holds.
-
-    Attributes:
-      part: which part of the input it belongs to: `params`, `opt_state`, `model_state`, `batch` or
-        `rest`.
-      path: its path in that part: `decoder/mlp/up/kernel`.
-      shape: global shape.
-      dtype: short name of the element type, `bf16`.
-      names: logical axis name of each dim, None where it has none; None if no dim is named.
-      spec: mesh axes that split each dim, the slowest first; empty for a dim that is whole.
-      shard: shape that one device holds.
-      device_bytes: bytes that one device holds.
-      declared_replicated: the declaration says that every device holds all of it.
-      declared_by: the entry of the rule that decided its spec; "" if unknown.
-    """
-
-    part: str
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    names: tuple[str | None, ...] | None
-    spec: tuple[tuple[str, ...], ...]
-    shard: tuple[int, ...]
-    device_bytes: int
-    declared_replicated: bool
-    declared_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +128,11 @@ class Declarations:
       constraints: activations that the model constrains, with the strategy's specs: part
         "activation", named as written, `constrain('batch', 'length', 'embed')`.
       activation_axes: mesh axes that the strategy splits activations over.
+      row_axes: mesh axes that split the dims of the batch that count rows.
       owned: `(mesh axis, bytes)`: the fewest that one device sends over the axis to move matrices
         that the optimizer multiplies to their owners and back.
       governing: the constraints of the traced step, with the lines whose layout they decide.
+      odd: declarations that all others disagree with.
       idle_options: options that change nothing: why, and what to change.
     """
 
@@ -267,8 +148,10 @@ class Declarations:
     rules: tuple[str, ...] = ()
     constraints: tuple[PlacedLeaf, ...] = ()
     activation_axes: tuple[str, ...] = ()
+    row_axes: tuple[str, ...] = ()
     owned: tuple[tuple[str, float], ...] = ()
     governing: tuple[GoverningConstraint, ...] = ()
+    odd: tuple[OddDeclaration, ...] = ()
     idle_options: tuple[tuple[str, str], ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:
@@ -373,6 +256,18 @@ class Program:
             return declared.accumulate
         return declared.activation_bytes / shown[0].device_bytes(self.sizes)
 
+    def own_layouts(self, axes: Collection[str]) -> list[PlacedLeaf]:
+        """Optimizer state that a rule of its own lays out unlike its parameter, over some axes."""
+        params = [leaf for leaf in self.leaves if leaf.part == "params"]
+        return [
+            leaf
+            for leaf in self.leaves
+            for own in params
+            if leaf.part == "opt_state" and ends_path(leaf.leaf.path, own.leaf.path)
+            if leaf.leaf.shape == own.leaf.shape and leaf.dims() != own.dims()
+            if {*axes} & {*leaf.axes(), *own.axes()}
+        ]
+
     @functools.cached_property
     def module(self) -> Module:
         """The compiled program, parsed."""
@@ -385,5 +280,20 @@ class Program:
 
     @property
     def batch_axes(self) -> set[str]:
-        """Mesh axes that split the rows of the batch."""
-        return {axis for leaf in self.leaves if leaf.part == "batch" for axis in leaf.axes()}
+        """Mesh axes that split the rows of the batch; see `find_batch_axes`."""
+        return find_batch_axes(self.leaves, self.declared.kinds, self.declared.row_axes)
+
+
+def find_batch_axes(
+    leaves: Iterable[PlacedLeaf], kinds: Iterable[AxisKind], row_axes: Collection[str]
+) -> set[str]:
+    """Mesh axes that split rows of the batch, or the length that all its leaves have.
+
+    Labels that alone are split by features are split over no axis of rows.
+    """
+    dims = [leaf.dims() for leaf in leaves if leaf.part == "batch"]
+    first = {axis for leaf in dims for dim in leaf[:1] for axis in dim}
+    others = [{axis for dim in leaf[1:] for axis in dim} for leaf in dims if len(leaf) > 1]
+    known = {kind.axis for kind in kinds if {"rows", "length"} & kind.splits} | {*row_axes}
+    of_all = set.intersection(*others) if others else set()
+    return first | of_all | (set().union(*others) & known)

@@ -2,7 +2,7 @@
 
 A finding of a report is words about one program. Here the program that it asks for is compiled: in
 another mode, or with one constraint more, put into the trace of the loss behind the equation whose
-line the finding names.
+line the finding names; or with another spec of a constraint there, or of a leaf.
 """
 
 import dataclasses
@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.equations import source_of_equation
-from .._core.errors import ShardkitError
+from .._core.errors import ShardkitError, StepError
+from .._core.own_sharding import CONSTRAINT
 from .._core.rewriting import rewrite
 from .._core.source import Source
 from .._core.tracing import equations
-from .._core.tree import format_bytes
+from .._core.tree import format_bytes, list_leaves
 from .._core.types import Accumulate
-from ..report import Finding, Report
+from ..nn._constrain import constrain_p
+from ..parallel import Strategy
+from ..report import AGREE, Finding, OddDeclaration, Report, find_blamed
+from ..rules import PathRules, first_match
 from ._bound_spec import BoundSpec
 from ._compiled_functions import CompiledFunctions
 from ._idle_options import find_idle_options
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 CONSTRAIN = "constrain"
 _WORDS = {
     CONSTRAIN: "with this constraint",
+    AGREE: "with this layout",
     "shard_map": 'with mode="shard_map"',
     "end": 'with reduce="end"',
 }
@@ -59,10 +64,12 @@ def build_report(
     idle = tuple(find_idle_options(bound, compiled.jaxpr.jaxpr))
     declared = dataclasses.replace(program.declared, idle_options=idle)
     report = Report.of(dataclasses.replace(program, declared=declared), chip=chip)
-    return _try_fixes(report, bound, functions.layout) if try_fixes else report
+    return _try_fixes(report, bound, functions.layout, declared.odd) if try_fixes else report
 
 
-def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout) -> Report:
+def _try_fixes(
+    report: Report, bound: BoundSpec, layout: StepLayout, odd: Sequence[OddDeclaration]
+) -> Report:
     """Returns a report whose findings say what their alternatives send, compiled.
 
     Each alternative is compiled once, however many findings name it. Findings that name none stay.
@@ -72,9 +79,12 @@ def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout) -> Report:
     for finding in report.findings:
         tried = {}
         for name in finding.alternatives:
-            key = name, finding.source if name == CONSTRAIN else None
+            blamed = find_blamed(finding, report.ledger, odd) if name == AGREE else None
+            place = blamed.source if blamed else finding.source
+            key = name, place if name in (CONSTRAIN, AGREE) else None
             if key not in outcomes:
-                outcomes[key] = _send(bound, layout, *key)
+                change = functools.partial(_change, bound, layout, blamed, *key)
+                outcomes[key] = _send(bound, change)
             tried[name] = outcomes[key]
         findings.append(_add_outcomes(finding, tried, report.ledger.total()))
     return dataclasses.replace(report, findings=tuple(findings))
@@ -94,13 +104,10 @@ def _add_outcomes(
     return dataclasses.replace(finding, fix=fix, remaining=min(known, default=None))
 
 
-def _send(
-    bound: BoundSpec, layout: StepLayout, alternative: str, source: Source | None
-) -> tuple[int | None, str]:
+def _send(bound: BoundSpec, change: Callable[[], "StepSpec"]) -> tuple[int | None, str]:
     """What a step sends with an alternative, in bytes, or why it cannot be had."""
     try:
-        spec = _change(bound, layout, alternative, source)
-        changed = BoundSpec(spec, bound.mesh)
+        changed = BoundSpec(change(), bound.mesh)
         functions = CompiledFunctions(changed)
         program = build_program(changed, functions.layout, functions.train, ())
     except ShardkitError as error:
@@ -109,7 +116,11 @@ def _send(
 
 
 def _change(
-    bound: BoundSpec, layout: StepLayout, alternative: str, source: Source | None
+    bound: BoundSpec,
+    layout: StepLayout,
+    odd: OddDeclaration | None,
+    alternative: str,
+    source: Source | None,
 ) -> "StepSpec":
     spec = bound.spec
     if alternative == "shard_map":
@@ -117,22 +128,82 @@ def _change(
     if alternative == "end":
         return spec.replace(accumulate=Accumulate(spec.accumulate.micro_batches, reduce="end"))
     loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
+    if odd is not None:
+        if odd.leaves:
+            return spec.replace(strategy=_with_specs(spec.strategy, odd, bound, layout))
+        train = _respecified(loss.train, odd, bound.mesh)
+        return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
     sharding = NamedSharding(bound.mesh, PartitionSpec(layout.row_axes))
     fits = functools.partial(_makes_rows, source=source, rows=layout.rows)
     train = _constrained(loss.train, fits, sharding)
     return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
 
 
+def _with_specs(
+    strategy: Strategy, odd: OddDeclaration, bound: BoundSpec, layout: StepLayout
+) -> Strategy:
+    """A strategy that lays some leaves out as all other declarations do."""
+    spec = _to_spec(odd.dims(dict(bound.mesh.shape)))
+    rules: dict[str, Any] = {leaf.leaf.path: spec for leaf in odd.leaves}
+    if odd.leaves[0].part == "params":
+        rule = first_match(PathRules(rules), strategy.params)
+        return dataclasses.replace(strategy, params=rule)
+    leaves = list_leaves(layout.batch)
+    shardings = jax.tree.leaves(layout.batch_shardings)
+    known = {leaf.path: s.spec for leaf, s in zip(leaves, shardings, strict=True)}
+    return dataclasses.replace(strategy, batch=PathRules(known | rules))
+
+
+def _to_spec(dims: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
+    return PartitionSpec(
+        *(PartitionSpec.UNCONSTRAINED if axes is None else axes or None for axes in dims)
+    )
+
+
+def _respecified(
+    function: Callable[..., Any], odd: OddDeclaration, mesh: Mesh
+) -> Callable[..., Any]:
+    """A function in which a constraint has the layout of all other declarations.
+
+    Its call raises StepError where the constraint is in a part that `rewrite` leaves alone.
+    """
+    sharding = NamedSharding(mesh, _to_spec(odd.dims(dict(mesh.shape))))
+    changed: list[core.JaxprEqn] = []
+
+    def change(eqn: core.JaxprEqn) -> core.JaxprEqn:
+        aval: Any = eqn.outvars[0].aval
+        if not _is_at(eqn, odd.source) or aval.shape != odd.shape:
+            return eqn
+        shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        traced = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(shape)
+        changed.append(eqn)
+        return traced.jaxpr.eqns[0].replace(invars=eqn.invars, outvars=eqn.outvars)
+
+    rewritten = rewrite(function, {CONSTRAINT: change, constrain_p.name: change})
+
+    def run(*args: Any) -> Any:
+        result = rewritten(*args)
+        if not changed:
+            raise StepError("it is in a derivative rule, or the spec of a shard_map")
+        return result
+
+    return run
+
+
 def _makes_rows(eqn: core.JaxprEqn, source: Source | None, rows: int) -> bool:
     """Whether an equation of a line computes an activation, its rows in the first dim."""
-    made = source_of_equation(eqn)
-    if made is None or source is None or (made.file, made.line) != (source.file, source.line):
+    if source is None or not _is_at(eqn, source):
         return False
     if len(eqn.outvars) != 1 or any(True for _ in core.jaxprs_in_params(eqn.params)):
         return False
     aval: Any = eqn.outvars[0].aval
     floating = jnp.issubdtype(aval.dtype, jnp.floating)
     return floating and aval.ndim > 1 and aval.shape[0] == rows
+
+
+def _is_at(eqn: core.JaxprEqn, line: Source) -> bool:
+    made = source_of_equation(eqn)
+    return made is not None and (made.file, made.line) == (line.file, line.line)
 
 
 def _constrained(

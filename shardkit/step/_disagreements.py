@@ -15,12 +15,13 @@ so the partitioner moves arrays over `tensor` because of it, wherever it moves t
 
 import collections
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from jax.extend import core
 
-from .._core.equations import count_scan_operands
+from .._core.equations import count_scan_operands, source_of_equation
+from .._core.tracing import equations
 
 Axes = tuple[str, ...]
 Declared = tuple[Hashable, Any, Sequence[Axes | None]]
@@ -28,113 +29,199 @@ Declared = tuple[Hashable, Any, Sequence[Axes | None]]
 Sides = tuple[set[Hashable], set[Hashable]]
 
 _DROPPING = ("reduce_", "argm")
+_PIECES = frozenset("slice dynamic_slice concatenate pad".split())
 
 
-def find_disagreeing(
-    jaxpr: core.Jaxpr, declared: Sequence[Declared], suspects: Iterable[Hashable]
-) -> dict[Hashable, frozenset[str]]:
-    """The mesh axes over which one of the suspects alone disagrees with the other declarations.
+class Disagreements:
+    """Where the declarations of a traced step disagree.
 
-    For each suspect those on which there is no conflict without it, and which have no other suspect
-    of which this is true. Declarations are layouts of the program's variables, at any depth.
+    Args:
+      jaxpr: the traced step.
+      declared: layouts of its variables, at any depth.
     """
-    classes = _Classes(jaxpr)
-    split: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
-    named: dict[int, set[Hashable]] = collections.defaultdict(set)
-    for who, variable, dims in declared:
+
+    def __init__(self, jaxpr: core.Jaxpr, declared: Sequence[Declared]) -> None:
+        self._classes = _Classes(jaxpr, (variable for _, variable, _ in declared))
+        self._split: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
+        named: dict[int, set[Hashable]] = collections.defaultdict(set)
+        for who, variable, dims in declared:
+            for dim, axes in enumerate(dims):
+                if axes is not None:
+                    root = self._classes.find(variable, dim)
+                    named[root].add(who)
+                    for axis in axes:
+                        self._split[root, axis].add(who)
+        self._conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
+        for (root, axis), users in self._split.items():
+            self._conflicts[axis].append((users, named[root] - users))
+        for one, other in self._classes.pairs:
+            for axis in {axis for root, axis in self._split if root == one}:
+                if (other, axis) in self._split:
+                    a, b = self._split[one, axis], self._split[other, axis]
+                    self._conflicts[axis] += [(a - b, b - a), (b - a, a - b)]
+
+    def find_alone(
+        self, suspects: Iterable[Hashable], others: Iterable[Hashable] = ()
+    ) -> dict[Hashable, frozenset[str]]:
+        """The mesh axes over which one of the suspects alone disagrees with all declarations.
+
+        For each suspect those on which there is no conflict without it, and which have no other
+        suspect of which this is true. Conflicts of which neither a suspect nor one of the `others`
+        is a side may stay: rules may differ.
+        """
+        possible = set(suspects)
+        parties = possible | set(others)
+        ending = {
+            axis: {who for who in possible if _agree_without(who, pairs, parties)}
+            for axis, pairs in self._conflicts.items()
+            if not _agree_without(None, pairs, parties)
+        }
+        return {
+            who: frozenset(axis for axis, whom in ending.items() if whom == {who})
+            for who in possible
+        }
+
+    def splits(self, who: Hashable, axis: str) -> bool:
+        """Whether a declaration splits over an axis what another one says is not split so."""
+        return any(who in one and other for one, other in self._conflicts[axis])
+
+    def sums_over(
+        self, who: Hashable, over: Collection[str]
+    ) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Products and sums over a dim that a declaration alone splits over some axes.
+
+        Yields:
+          Their file, line, and the shape of their result.
+        """
+        roots = {root for (root, axis), of in self._split.items() if axis in over and of == {who}}
+        for number, eqn in self._classes.contracted:
+            source = source_of_equation(eqn) if self._classes.root(number) in roots else None
+            if source:
+                yield source.file, source.line, cast(Any, eqn.outvars[0]).aval.shape
+
+    def layout_of_others(
+        self, who: Hashable, variable: Any, dims: Sequence[Axes | None], over: Collection[str]
+    ) -> tuple[Axes | None, ...]:
+        """The dims of a declaration as all others lay them out over some axes."""
+        agreed: list[Axes | None] = []
         for dim, axes in enumerate(dims):
-            if axes is not None:
-                root = classes.find(variable, dim)
-                named[root].add(who)
-                for axis in axes:
-                    split[root, axis].add(who)
-    conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
-    for (root, axis), users in split.items():
-        conflicts[axis].append((users, named[root] - users))
-    for one, other in classes.pairs:
-        for axis in {axis for root, axis in split if root == one}:
-            if (other, axis) in split:
-                a, b = split[one, axis], split[other, axis]
-                conflicts[axis].append((a - b, b - a))
-    possible = set(suspects)
-    ending = {
-        axis: {who for who in possible if _agree_without(who, pairs, possible)}
-        for axis, pairs in conflicts.items()
-        if not _agree_without(None, pairs, possible)
-    }
-    return {
-        who: frozenset(axis for axis, whom in ending.items() if whom == {who}) for who in possible
-    }
+            root = self._classes.find(variable, dim)
+            kept = tuple(axis for axis in axes or () if axis not in over)
+            come = (axis for axis in sorted(over) if self._split.get((root, axis), set()) - {who})
+            agreed.append(None if axes is None else (*kept, *come))
+        return tuple(agreed)
 
 
-def _agree_without(who: Hashable, conflicts: Sequence[Sides], suspects: set[Hashable]) -> bool:
-    """Whether no suspect is on either side of a conflict any more. Rules may differ: of a bias."""
-    sides = [(one - {who}, other - {who}) for one, other in conflicts]
-    return not any(one and other and (one | other) & suspects for one, other in sides)
+def _contracted(eqn: core.JaxprEqn) -> Iterator[tuple[Any, int]]:
+    """The dims of operands that a product or a sum takes together."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+    elif name == "conv_general_dilated":
+        contracted = params["dimension_numbers"].lhs_spec[1:2]
+    else:
+        contracted = params["axes"] if name.startswith(_DROPPING) and "axes" in params else ()
+    yield from ((eqn.invars[0], dim) for dim in contracted)
+
+
+def _agree_without(who: Hashable, conflicts: Sequence[Sides], parties: set[Hashable]) -> bool:
+    """Whether no party is on either side of a conflict any more, and one has ended."""
+    left = [(one - {who}, other - {who}) for one, other in conflicts]
+    ended = who is None or any(
+        sides != before and not all(sides) and all(before)
+        for sides, before in zip(left, conflicts, strict=True)
+    )
+    return ended and not any(one and other and (one | other) & parties for one, other in left)
 
 
 class _Classes:
-    """Classes of the dims of a program's variables, by union of what operations pass on."""
+    """Classes of the dims of a program's variables, by union of what operations pass on.
 
-    def __init__(self, jaxpr: core.Jaxpr) -> None:
+    JAX traces a jitted function once for all calls with equal shapes: two calls of `jax.nn.relu`
+    share a body, whose dims are of two classes. So a variable of a body counts once for each call;
+    only where something in it is declared do all its calls share their classes.
+    """
+
+    def __init__(self, jaxpr: core.Jaxpr, declared: Iterable[Any]) -> None:
         self._parents: list[int] = []
-        self._numbers: dict[tuple[int, int], int] = {}
+        self._numbers: dict[tuple[int, int, int], int] = {}
         self._arrays: list[tuple[int, ...]] = []
-        self._follow(jaxpr)
+        self._declared = {id(variable) for variable in declared}
+        self._shared: dict[int, bool] = {}
+        self._calls = 0
+        self.contracted: list[tuple[int, core.JaxprEqn]] = []
+        self._follow(jaxpr, 0)
         self.pairs = {  # two classes that are dims of one array
             pair
             for array in self._arrays
-            for pair in itertools.combinations({self._root(n) for n in array}, 2)
+            for pair in itertools.combinations({self.root(n) for n in array}, 2)
         }
 
     def find(self, variable: Any, dim: int) -> int:
-        """The class of a dim, as a number."""
-        return self._root(self._number(variable, dim))
+        """The class of a dim of a declared variable, as a number."""
+        return self.root(self._number(0, variable, dim))
 
-    def _number(self, variable: Any, dim: int) -> int:
-        key = id(variable), dim
+    def _number(self, call: int, variable: Any, dim: int) -> int:
+        key = call, id(variable), dim
         if key not in self._numbers:
             shape = variable.aval.shape
             first = len(self._parents)
             self._parents += range(first, first + len(shape))
-            self._numbers |= {(id(variable), i): first + i for i in range(len(shape))}
+            self._numbers |= {(call, id(variable), i): first + i for i in range(len(shape))}
             self._arrays.append(tuple(range(first, first + len(shape))))
         return self._numbers[key]
 
-    def _root(self, number: int) -> int:
+    def root(self, number: int) -> int:
+        """The class of a numbered dim."""
         while self._parents[number] != number:
             self._parents[number] = self._parents[self._parents[number]]
             number = self._parents[number]
         return number
 
-    def _join(self, one: Any, other: Any, pairs: Iterable[tuple[int, int]]) -> None:
+    def _join(self, one: Any, other: Any, pairs: Iterable[tuple[int, int]], *calls: int) -> None:
+        """Joins dims of two variables, each of the call that it is in."""
         if isinstance(one, core.Literal) or isinstance(other, core.Literal):
             return
         for i, j in pairs:
-            a, b = (self._root(self._number(*of)) for of in ((one, i), (other, j)))
+            ends = ((calls[0], one, i), (calls[-1], other, j))
+            a, b = (self.root(self._number(*end)) for end in ends)
             self._parents[a] = b
 
-    def _follow(self, jaxpr: core.Jaxpr) -> None:
+    def _follow(self, jaxpr: core.Jaxpr, call: int) -> None:
         for eqn in jaxpr.eqns:
             bodies = list(core.jaxprs_in_params(eqn.params))
             for body in bodies:
-                self._follow(body)
-                self._call(eqn, body)
+                inner = 0 if self._is_shared(body) else self._calls + 1
+                self._calls = max(self._calls, inner)
+                self._follow(body, inner)
+                self._call(eqn, body, call, inner)
             if not bodies:
                 for one, other, pairs in _passed_on(eqn):
-                    self._join(one, other, pairs)
+                    self._join(one, other, pairs, call)
+                self.contracted += (
+                    (self._number(call, variable, dim), eqn)
+                    for variable, dim in _contracted(eqn)
+                    if not isinstance(variable, core.Literal)
+                )
 
-    def _call(self, eqn: core.JaxprEqn, body: core.Jaxpr) -> None:
+    def _is_shared(self, body: core.Jaxpr) -> bool:
+        """Whether something is declared in a body."""
+        if id(body) not in self._shared:
+            inner = (v for eqn in equations(body) for v in (*eqn.invars, *eqn.outvars))
+            self._shared[id(body)] = any(id(v) in self._declared for v in inner)
+        return self._shared[id(body)]
+
+    def _call(self, eqn: core.JaxprEqn, body: core.Jaxpr, call: int, inner: int) -> None:
         """Joins what is passed to a body and what it returns; a loop's arrays have a dim more."""
         passed = zip(reversed(eqn.invars), reversed(body.invars), strict=False)
         returned = zip(reversed(eqn.outvars), reversed(body.outvars), strict=False)
         for outside, inside in (*passed, *returned):
-            self._join(outside, inside, _last_dims(outside, inside))
+            self._join(outside, inside, _last_dims(outside, inside), call, inner)
         if eqn.primitive.name == "scan":
             fixed, carried = count_scan_operands(eqn)
             inputs = body.invars[fixed : fixed + carried]
             for one, other in zip(inputs, body.outvars[:carried], strict=True):
-                self._join(one, other, _last_dims(one, other))
+                self._join(one, other, _last_dims(one, other), inner)
 
 
 def _last_dims(one: Any, other: Any) -> Iterator[tuple[int, int]]:
@@ -177,7 +264,9 @@ def _passed_on(eqn: core.JaxprEqn) -> _Passed:
         parts = ins if name == "stack" else cast(Sequence[Any], eqn.outvars)
         left = [i for i in range(parts[0].aval.ndim + 1) if i != params["axis"]]
         yield from ((v, out if name == "stack" else ins[0], enumerate(left)) for v in parts)
-    else:  # element by element, or slices of the same rank
+    elif name in _PIECES:  # of which a layout of the whole is one too
+        yield from ((v, out, _pieces(v, out)) for v in ins)
+    else:  # element by element
         yield from ((v, out, _equal(v, out)) for v in (*ins, *eqn.outvars[1:]))
 
 
@@ -189,6 +278,13 @@ def _equal(
     if pairs is None:
         pairs = ((i, i) for i in range(len(a))) if len(a) == len(b) else ()
     return [(i, j) for i, j in pairs if a[i] == b[j]]
+
+
+def _pieces(piece: Any, whole: Any) -> list[tuple[int, int]]:
+    """All dims of two arrays of one rank but those of which one element is taken or added."""
+    a, b = (getattr(v.aval, "shape", ()) for v in (piece, whole))
+    dims = range(len(a)) if len(a) == len(b) else ()
+    return [(i, i) for i in dims if a[i] == b[i] or min(a[i], b[i]) > 1]
 
 
 def _product(eqn: core.JaxprEqn) -> _Passed:

@@ -17,7 +17,14 @@ from .._core.tracing import recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
-from ..report import CompiledBytes, Declarations, PlacedLeaf, Program, TickTable
+from ..report import (
+    CompiledBytes,
+    Declarations,
+    PlacedLeaf,
+    Program,
+    TickTable,
+    find_batch_axes,
+)
 from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
@@ -164,6 +171,8 @@ def _build_declared(
     compute = precision.compute_dtypes(layout.state.params).only
     reduce = precision.reduce_dtype or compute
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
+    rows = find_batch_axes(placed, strategy.kinds, layout.row_axes)
+    governing, odd = find_governing_constraints(jaxpr.jaxpr, activations, placed, rows)
     ring_blocks = [cast(int, blocks) for (blocks,) in recorded_facts(jaxpr.jaxpr, RING_BLOCKS)]
     return Declarations(
         kinds=strategy.kinds,
@@ -183,8 +192,10 @@ def _build_declared(
             for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
+        row_axes=layout.row_axes,
         owned=cast(tuple[tuple[str, float], ...], tuple(*recorded_facts(jaxpr.jaxpr, OWNED))),
-        governing=tuple(find_governing_constraints(jaxpr.jaxpr, activations, placed)),
+        governing=tuple(governing),
+        odd=tuple(odd),
     )
 
 

@@ -11,21 +11,24 @@ Only what the program says is reported; what is not certain is left empty.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..._core.source import Source
-from ..hlo._hlo import Computation, Instruction
+from .._placed_leaf import PlacedLeaf
+from ..hlo._hlo import Computation, Instruction, parse_shapes
 from ..hlo._readers import find_fusion, moves, nearest_maker, nearest_readers
 from ..hlo._scope import last_name, phase_of
 from ..hlo._source_lines import Sources, result_names
 from ..hlo._sources import ComputedError, find_argument
-from ._entries import PRODUCTS, find_entry, splits_matrix
-from ._governing import find_governing
+from ._entries import CONSTRAINTS, PRODUCTS, find_entry, splits_matrix, weights_of_products
+from ._governing import OddDeclaration, find_governing
 from ._ledger import Ends, Ledger, LedgerRow
 from ._reductions import REDUCING, gradient_reductions
 
 if TYPE_CHECKING:
-    from .._program import PlacedLeaf, Program
+    from .._program import Program
 
 # Operations of JAX that carry a declared layout out, as their paths end.
 _CONSTRAINT = "the constraint at "
@@ -37,7 +40,6 @@ EXPLICIT = frozenset(
 _HLO_PRODUCTS = frozenset({"dot", "convolution"})
 _MOVED = ("all-to-all", "collective-permute")
 _COMPUTED = ("forward", "backward", "recompute")
-_CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
 
 
 def add_ends(ledger: Ledger, program: "Program") -> Ledger:
@@ -62,6 +64,12 @@ class _Operation:
         return f"{self.name} at {self.source}"
 
 
+def declarations(leaves: Sequence[PlacedLeaf]) -> str:
+    """Returns `PathRules["**/w"] of params/w`; of several leaves, two and how many more."""
+    named = [f"{leaf.declared_by} of {leaf.name}" for leaf in leaves if leaf.declared_by]
+    return " and ".join([*named[:2], *([f"{len(named) - 2} more"] if named[2:] else [])])
+
+
 class _EndsReader:
     def __init__(self, program: "Program", ledger: Ledger) -> None:
         self._program = program
@@ -70,6 +78,7 @@ class _EndsReader:
         stored = {"weights", "optimizer_state"}
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
         self._entries: dict[tuple[str, ...], Source | None] = {}
+        self._weights = weights_of_products(program)
         self._constraint_lines = {one.source for one in program.declared.governing}
         self._reducing = {
             (row.computation, row.name, axis)
@@ -104,8 +113,14 @@ class _EndsReader:
         )
         wanted = self._wanted(row, operand, own, made)
         source = self._cause(row, own, made, wanted, leaf)
+        odd = self._odd(row)
         forced = source in self._constraint_lines and source != own
-        declared = f"{_CONSTRAINT}{source}" if forced else self._declaration(row, leaf, own)
+        if odd is not None and self._causes(odd, row, source, own):
+            declared = odd.declared_by
+        elif forced:
+            declared = f"{_CONSTRAINT}{source}"
+        else:
+            declared = self._declaration(row, leaf, own) or self._other_end(row, wanted)
         return source, Ends(leaf.name if leaf else str(made or ""), str(wanted or ""), declared)
 
     def _cause(
@@ -114,7 +129,7 @@ class _EndsReader:
         own: Source | None,
         made: "_Operation | None",
         wanted: "_Operation | None",
-        leaf: "PlacedLeaf | None",
+        leaf: PlacedLeaf | None,
     ) -> Source | None:
         """The line that causes a transfer.
 
@@ -122,13 +137,16 @@ class _EndsReader:
         constraint which forces that one's layout. Compilers name either side of it. A gradient that
         is gathered for the update is split since an axis comes in elsewhere.
         """
-        if row.kind in REDUCING or last_name(row.op_name) in EXPLICIT:
+        odd = self._odd(row)
+        if last_name(row.op_name) in EXPLICIT:
             return own
-        odd = {
-            one.source for one in self._program.declared.governing if one.disagrees & {*row.axes}
-        }
-        if len(odd) == 1:
-            return next(iter(odd))
+        if row.kind in REDUCING:
+            if odd is None or own is None or not self._sums(odd, row, own):
+                return own
+            read = self._weights.get((own.file, own.line), ())
+            return own if {*read} & {*odd.leaves} else odd.source
+        if odd is not None and not odd.leaves:
+            return odd.source
         near = wanted.source if wanted and wanted.source else own
         if made and made.phase in _COMPUTED and wanted:
             near = self._entry(row.axes, wanted) or near
@@ -144,7 +162,31 @@ class _EndsReader:
         if found is None and made and made.phase in _COMPUTED and row.kind in _MOVED:
             only = self._only_entry(row.axes)
             found = only if only in self._constraint_lines else None
-        return found or near
+        return found or (odd.source if odd else near)
+
+    def _odd(self, row: LedgerRow) -> OddDeclaration | None:
+        """The declaration that all others disagree with over axes of a row, if there is one.
+
+        One of what is multiplied only if no other declaration is at odds over them.
+        """
+        over = [one for one in self._program.declared.odd if one.axes & {*row.axes}]
+        odd = [one for one in over if not one.multiplied] or over
+        return odd[0] if len({one.source for one in odd}) == 1 else None
+
+    def _causes(
+        self, odd: OddDeclaration, row: LedgerRow, source: Source | None, own: Source | None
+    ) -> bool:
+        """Whether a declaration is why a row is sent from a line."""
+        if row.kind in REDUCING:
+            return own is not None and self._sums(odd, row, own)
+        return source == odd.source
+
+    def _sums(self, odd: OddDeclaration, row: LedgerRow, own: Source) -> bool:
+        """Whether a row reduces what a declaration alone makes a sum over devices."""
+        if odd.multiplied:
+            return False
+        operands = [shape.dims for text in row.operands for shape in parse_shapes(text)]
+        return odd.makes_sum(own, operands, row.axes, self._program.sizes)
 
     def _entry(self, axes: tuple[str, ...], wanted: "_Operation") -> Source | None:
         """The line where axes come in, if what is sent over them is of no declaration at its ends.
@@ -164,7 +206,7 @@ class _EndsReader:
             self._entries[axes] = find_entry(self._program, axes)
         return self._entries[axes]
 
-    def _argument(self, here: Computation, name: str) -> "PlacedLeaf | None":
+    def _argument(self, here: Computation, name: str) -> PlacedLeaf | None:
         """The argument of the step that an array is another form of; None if it is computed."""
         try:
             number = find_argument(self._program.module, here, name)
@@ -194,7 +236,7 @@ class _EndsReader:
             if of_reader and not reader.op_name and reader.opcode in _HLO_PRODUCTS:
                 return unnamed
             told = self._tell(reader, at)
-            if told is not None and told.name in _CONSTRAINTS:
+            if told is not None and told.name in CONSTRAINTS:
                 return told if self._forces(told.source, row) else None
             return None if moves(reader, sent, at) else told
 
@@ -222,12 +264,32 @@ class _EndsReader:
             return None
         name, phase = last_name(instruction.op_name), phase_of(instruction.op_name)
         source = self._sources.of(instruction, here)
-        silent = source is None and name in _CONSTRAINTS
+        silent = source is None and name in CONSTRAINTS
         return None if silent else _Operation(name, phase, source)
 
-    def _declaration(self, row: LedgerRow, leaf: "PlacedLeaf | None", source: Source | None) -> str:
+    def _other_end(self, row: LedgerRow, wanted: "_Operation | None") -> str:
+        """What declares the layout that an array is moved for; "" where that is not certain.
+
+        An activation is gathered for a product since the weight is split otherwise. What the update
+        moves is in a moment's layout, of its own rule, and in its parameter's.
+        """
+        if row.kind in REDUCING:
+            return ""
+        if wanted and wanted.source and wanted.name in PRODUCTS:
+            weights = self._weights.get((wanted.source.file, wanted.source.line), ())
+            leaves = [leaf for leaf in weights if set(row.axes) <= set(leaf.axes())]
+            return declarations(leaves) if len(leaves) == 1 else ""
+        if row.phase != "update":
+            return ""
+        # An all-to-all sends an array as one operand for each device.
+        parts = [math.prod(shape.dims) for text in row.operands for shape in parse_shapes(text)]
+        leaves = self._program.own_layouts(row.axes)
+        sizes = ((leaf, math.prod(leaf.shard(self._program.sizes))) for leaf in leaves)
+        return declarations([leaf for leaf, size in sizes if size in (sum(parts), *parts)])
+
+    def _declaration(self, row: LedgerRow, leaf: PlacedLeaf | None, source: Source | None) -> str:
         """The declaration that decides one of the two layouts; "" where that is not certain."""
-        if last_name(row.op_name) in _CONSTRAINTS and self._forces(source, row):
+        if last_name(row.op_name) in CONSTRAINTS and self._forces(source, row):
             return f"{_CONSTRAINT}{source}" if source else "a constraint"
         if leaf is not None and set(row.axes) <= set(leaf.axes()):
             return leaf.declared_by

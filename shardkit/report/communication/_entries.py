@@ -17,13 +17,16 @@ from jax.extend import core
 
 from ..._core.equations import source_of_equation
 from ..._core.source import Source
+from .._placed_leaf import PlacedLeaf
 
 if TYPE_CHECKING:
-    from .._program import PlacedLeaf, Program
+    from .._program import Program
 
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
+CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
 _FORMS = ("convert_element_type", "transpose")
+Line = tuple[str, int]
 
 
 def find_entry(program: "Program", axes: Sequence[str]) -> Source | None:
@@ -42,12 +45,23 @@ def find_entry(program: "Program", axes: Sequence[str]) -> Source | None:
         split = {n for n, leaf in enumerate(program.leaves) if _is_split(leaf, axes)}
         arguments = program.jaxpr.jaxpr.invars
         tracked = {value: n for n, value in enumerate(arguments) if n in split}
-        for eqn, source, n in _first_readers(program.jaxpr.jaxpr, tracked, set()):
+        for eqn, source, n in _first_readers(program.jaxpr.jaxpr, tracked):
             found[source.file, source.line] = source
             by_rows = any(set(axes) & set(dim) for dim in program.leaves[n].dims()[1:])
             if by_rows and eqn.primitive.name not in PRODUCTS:
                 spread[source.file, source.line] = source
     return next((next(iter(of.values())) for of in (found, spread) if len(of) == 1), None)
+
+
+def find_first_reader(jaxpr: core.Jaxpr, argument: Any) -> tuple[Source, bool] | None:
+    """The line that first reads an argument of a traced step, and whether that is a product.
+
+    Constraints are passed over: convolutions have some of the step's own.
+    """
+    for eqn, line, _ in _readers(jaxpr, {argument: 0}):
+        if eqn.primitive.name not in CONSTRAINTS:
+            return line, eqn.primitive.name in PRODUCTS
+    return None
 
 
 def splits_matrix(program: "Program", axes: Sequence[str]) -> bool:
@@ -58,16 +72,41 @@ def splits_matrix(program: "Program", axes: Sequence[str]) -> bool:
     )
 
 
-def _is_split(leaf: "PlacedLeaf", axes: Sequence[str]) -> bool:
+def _is_split(leaf: PlacedLeaf, axes: Sequence[str]) -> bool:
     """Whether a leaf brings an axis into the loss, other than by the rows of the batch."""
     dims = leaf.dims()[1:] if leaf.part == "batch" else leaf.dims()
     return leaf.part != "opt_state" and any(set(axes) & set(dim) for dim in dims)
 
 
+def weights_of_products(program: "Program") -> dict[Line, list[PlacedLeaf]]:
+    """The parameters that the products of each line multiply with, forward or backward."""
+    weights: dict[Line, list[PlacedLeaf]] = {}
+    if program.jaxpr is None:
+        return weights
+    arguments = zip(program.jaxpr.jaxpr.invars, program.leaves, strict=False)
+    tracked = {v: n for n, (v, leaf) in enumerate(arguments) if leaf.part == "params"}
+    for eqn, source, n in _readers(program.jaxpr.jaxpr, tracked):
+        if eqn.primitive.name in PRODUCTS:
+            found = weights.setdefault((source.file, source.line), [])
+            found += [program.leaves[n]] if program.leaves[n] not in found else []
+    return weights
+
+
 def _first_readers(
-    jaxpr: core.Jaxpr, tracked: Mapping[Any, int], known: set[int], within: Source | None = None
+    jaxpr: core.Jaxpr, tracked: Mapping[Any, int]
 ) -> Iterator[tuple[core.JaxprEqn, Source, int]]:
-    """The first operation of the loss that reads each of some arguments, its line, their number.
+    """The first operation of the loss that reads each of some arguments, its line, their number."""
+    known = set[int]()
+    for eqn, source, n in _readers(jaxpr, tracked):
+        if n not in known:
+            yield eqn, source, n
+        known.add(n)
+
+
+def _readers(
+    jaxpr: core.Jaxpr, tracked: Mapping[Any, int], within: Source | None = None
+) -> Iterator[tuple[core.JaxprEqn, Source, int]]:
+    """The operations of the loss that read some arguments, their lines, the arguments' numbers.
 
     Operations that JAX traced before, as those of `jnp.take`, have the line of the call.
     """
@@ -78,28 +117,25 @@ def _first_readers(
             for v in eqn.invars
             if not isinstance(v, core.Literal) and v in arguments
         }
-        if not read or all(n in known for n in read.values()):
+        if not read:
             continue
         source = source_of_equation(eqn) or within
         inner = list(core.jaxprs_in_params(eqn.params))
         for body in inner:
             # The last operands of a call, a loop or a branch are those of its body.
             passed = zip(reversed(eqn.invars), reversed(body.invars), strict=False)
-            yield from _first_readers(
-                body,
-                {
-                    own: read[v]
-                    for v, own in passed
-                    if not isinstance(v, core.Literal) and v in read
-                },
-                known,
-                source,
-            )
+            own = {
+                inside: read[v]
+                for v, inside in passed
+                if not isinstance(v, core.Literal) and v in read
+            }
+            yield from _readers(body, own, source)
         if inner:
             continue
         # A constraint of the step's own, or another form of the same array.
         if source is None or eqn.primitive.name in _FORMS:
             arguments.update(dict.fromkeys(eqn.outvars[:1], next(iter(read.values()))))
             continue
-        known.update(read.values())
         yield from ((eqn, source, n) for n in read.values())
+        if eqn.primitive.name in CONSTRAINTS:  # the same array again
+            arguments.update(dict.fromkeys(eqn.outvars, next(iter(read.values()))))

@@ -11,9 +11,13 @@ all-gather of w over tensor comes from the constraint's line.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..._core.source import Source
+from .._placed_leaf import PlacedLeaf
+from ..memory._saved import is_shard_summed
 
 Line = tuple[str, int]
 
@@ -27,14 +31,12 @@ class GoverningConstraint:
       dims: mesh axes that split each dim of the constrained array, without those left open.
       lines: `(file, line)` of the operations between it and the last product before it.
       open: it leaves a dim to the partitioner, as `jax.vmap` does with the one that it maps.
-      disagrees: mesh axes over which all other declarations agree without it.
     """
 
     source: Source
     dims: tuple[tuple[str, ...], ...]
     lines: frozenset[Line]
     open: bool = False
-    disagrees: frozenset[str] = frozenset()
 
     def forbids(self, axes: Sequence[str], batch_axes: Collection[str]) -> bool:
         """Whether it keeps a result from being split as its operands are.
@@ -46,6 +48,60 @@ class GoverningConstraint:
         inner = {axis for dim in self.dims[1:] for axis in dim}
         absent = any(a not in split for a in axes) and not self.open
         return absent or any(a in batch_axes and a in inner for a in axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OddDeclaration:
+    """A declaration that all others disagree with, or that of a matrix in place of another one.
+
+    Attributes:
+      source: the line of the constraint, or the one that first reads the leaf.
+      axes: mesh axes over which all other declarations agree without it.
+      declared_by: what it is, `the constraint at model.py:42 in attend`.
+      shape: of the array that it lays out.
+      layout: mesh axes that split each dim where the others decide; None of a dim left open.
+      sums: products and sums over a dim that it alone splits over these axes: file, line, and the
+        shape of the result.
+      leaves: the parameters, or leaves of the batch, that it lays out; () of a constraint.
+      multiplied: they are parameters, and what first reads them is a product.
+    """
+
+    source: Source
+    axes: frozenset[str]
+    declared_by: str
+    shape: tuple[int, ...]
+    layout: tuple[tuple[str, ...] | None, ...]
+    sums: frozenset[tuple[str, int, tuple[int, ...]]]
+    leaves: tuple[PlacedLeaf, ...] = ()
+    multiplied: bool = False
+
+    def makes_sum(
+        self,
+        at: Source,
+        operands: Iterable[Sequence[int]],
+        axes: Sequence[str],
+        sizes: Mapping[str, int],
+    ) -> bool:
+        """Whether one of the arrays that are reduced over axes at a line is one of its `sums`."""
+        shapes = [shape for file, line, shape in self.sums if (file, line) == (at.file, at.line)]
+        pairs = itertools.product(operands, shapes)
+        return any(is_shard_summed(local, whole, axes, sizes) for local, whole in pairs)
+
+    def dims(self, sizes: Mapping[str, int]) -> tuple[tuple[str, ...] | None, ...]:
+        """`layout` on a mesh, each axis once, without those that do not divide their dim."""
+        dims: list[tuple[str, ...] | None] = []
+        used = set[str]()
+        for size, axes in zip(self.shape, self.layout, strict=True):
+            kept: list[str] = []
+            for axis in axes or ():
+                if (
+                    axis not in used
+                    and size % math.prod(sizes[name] for name in (*kept, axis)) == 0
+                ):
+                    kept.append(axis)
+            used |= {*kept}
+            dims.append(None if axes is None else tuple(kept))
+        return tuple(dims)
 
 
 def find_governing(

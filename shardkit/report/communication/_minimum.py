@@ -10,7 +10,8 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from .._program import AxisKind, PlacedLeaf, Program
+from .._placed_leaf import PlacedLeaf
+from .._program import AxisKind, Program
 from ._ledger import Ledger, LedgerRow
 
 

@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from .._placed_leaf import PlacedLeaf
 from ..hlo._hlo import parse_shapes
 from ._ledger import Ledger, LedgerRow
-
-if TYPE_CHECKING:
-    from .._program import PlacedLeaf
 
 _TILE = 8 * 128
 _ROUNDING = 1e-6  # of a share of trips, as a float
@@ -16,7 +13,7 @@ REDUCING = ("all-reduce", "reduce-scatter")
 
 
 def gradient_reductions(
-    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
 ) -> list[tuple[LedgerRow, float]]:
     """Arrays of gradients that are reduced over an axis, each with its row and its elements.
 
@@ -46,7 +43,7 @@ def gradient_reductions(
 
 
 def repeats_reductions(
-    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
 ) -> bool:
     """Whether a loop reduces one gradient in several trips, as when it accumulates them.
 
@@ -64,7 +61,7 @@ def repeats_reductions(
 
 
 def reductions_per_step(
-    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
 ) -> float:
     """Elements reduced over an axis per step, in units of one device's gradient.
 
@@ -87,7 +84,7 @@ def reductions_per_step(
     return reduced / gradient if gradient else 0.0
 
 
-def _gradient_size(leaf: "PlacedLeaf", axis: str, sizes: Mapping[str, int]) -> float:
+def _gradient_size(leaf: PlacedLeaf, axis: str, sizes: Mapping[str, int]) -> float:
     """Elements of a parameter's gradient on one device, before it is reduced over `axis`."""
     return math.prod(leaf.leaf.shape) / _shard_count(leaf.axes(), axis, sizes)
 

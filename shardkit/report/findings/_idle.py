@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from ..._core.tree import ends_path, format_bytes
-from .._program import PlacedLeaf, Program
+from .._placed_leaf import PlacedLeaf
+from .._program import Program
 from ..hlo._scope import scope_of
 from ._finding import Finding
 

@@ -8,7 +8,8 @@ for one in the declared order (benchmarks/xla_faults.py).
 import math
 from collections.abc import Iterator, Sequence
 
-from .._program import PlacedLeaf, Program
+from .._placed_leaf import PlacedLeaf
+from .._program import Program
 from ..hlo._hlo import Module, parse
 from ..hlo._misaligned import Misaligned, find_misaligned
 from ..hlo._parts import held_parts

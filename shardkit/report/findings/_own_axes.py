@@ -23,9 +23,17 @@ from ..communication._entries import splits_matrix
 from ..communication._ledger import LedgerRow
 from ..communication._reductions import REDUCING
 from ..hlo._hlo import parse_shapes
-from ..memory._saved import splitting_axes
+from ..memory._saved import is_shard_summed
 from ._finding import Finding, bytes_by_source
-from ._row_axes import COMPUTING, ParameterForms, Part, activation_parts, build_finding, is_moved
+from ._row_axes import (
+    COMPUTING,
+    ParameterForms,
+    Part,
+    activation_parts,
+    build_finding,
+    is_moved,
+    is_odd,
+)
 
 _Wanted = Callable[[LedgerRow, int, Program], bool]
 
@@ -79,6 +87,8 @@ def split_contractions(program: Program, claimed: Collection[int]) -> Iterator[F
         names = ", ".join(axes)
         what = f"of results of products that contract a dim split over {names}, which are larger "
         what += "than the activations multiplied"
+        if any(is_odd(row, index, program) for _, row, index in parts):
+            what = f"of products and sums over a dim that one declaration alone splits over {names}"
         finding = _at_largest(build_finding(program, "split_contraction", axes, parts, what), parts)
         if finding is not None:
             fix = f"a rule that splits what is multiplied{_at(finding)} over {names} along a dim "
@@ -118,7 +128,9 @@ def _is_gathered(row: LedgerRow, index: int, program: Program) -> bool:
 def _for_product(row: LedgerRow, index: int, program: Program) -> bool:
     """Whether it does for a product alone: no constraint and no batch spec decides its layout."""
     wanted, declared = row.ends[index].wanted_by, row.ends[index].declared_by
-    product = not declared and (not wanted or wanted.startswith(PRODUCTS))
+    weights = [one for one in program.leaves if one.part == "params" and len(one.leaf.shape) > 1]
+    by_weight = any(declared.endswith(f" of {leaf.name}") for leaf in weights)
+    product = by_weight or (not declared and (not wanted or wanted.startswith(PRODUCTS)))
     return product and _is_gathered(row, index, program) and splits_matrix(program, row.axes)
 
 
@@ -133,8 +145,13 @@ def _is_gradient(row: LedgerRow, index: int, program: Program) -> bool:
 
 
 def _is_widened(row: LedgerRow, index: int, program: Program) -> bool:
-    """Whether a part of a row sums the results of a product with smaller activations."""
+    """Whether a part of a row sums the results of a product with smaller activations.
+
+    Or those over a dim that all declarations but one leave whole.
+    """
     product = row.ends[index].made_by.startswith(PRODUCTS)
+    if row.kind in REDUCING and is_odd(row, index, program):
+        return True
     if row.kind not in REDUCING or row.phases[index] != "forward" or not product:
         return False
     (local,) = parse_shapes(row.operands[index])
@@ -143,21 +160,9 @@ def _is_widened(row: LedgerRow, index: int, program: Program) -> bool:
         own = source_of_equation(eqn) if eqn.primitive.name in PRODUCTS else None
         if own and source and (own.file, own.line) == (source.file, source.line):
             made: Any = eqn.outvars[0].aval
-            if _is_shard(local.dims, made.shape, row, program):
+            if is_shard_summed(local.dims, made.shape, row.axes, program.sizes):
                 return 0 < _largest_activation(eqn, program) < math.prod(made.shape)
     return False
-
-
-def _is_shard(local: Sequence[int], whole: Sequence[int], row: LedgerRow, program: Program) -> bool:
-    """Whether an array can be what a device holds of another that is summed over a row's axes.
-
-    Those axes split no dim of it. So on data=2, tensor=4 a sum over tensor of f32[8,128] is none of
-    `x @ up`, f32[16,512], which may be on the same line as the product that it is of.
-    """
-    others = [axis for axis in program.sizes if axis not in row.axes]
-    return len(local) == len(whole) and (
-        splitting_axes(local, whole, program.sizes, others) is not None
-    )
 
 
 def _largest_activation(product: core.JaxprEqn, program: Program) -> int:

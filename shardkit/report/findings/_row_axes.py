@@ -18,7 +18,8 @@ from ..._core.equations import source_of_equation
 from ..._core.source import Source
 from ..._core.tracing import equations
 from ..._core.tree import format_bytes
-from .._program import PlacedLeaf, Program
+from .._placed_leaf import PlacedLeaf
+from .._program import Program
 from ..communication._ends import EXPLICIT, PRODUCTS
 from ..communication._ledger import LedgerRow
 from ..communication._minimum import axis_wire_bytes, judging_kinds, weight_axes
@@ -147,6 +148,11 @@ def is_moved(row: LedgerRow, index: int, program: Program) -> bool:
     return row.kind in _MOVING and made not in ("params", "opt_state", "model_state")
 
 
+def is_odd(row: LedgerRow, index: int, program: Program) -> bool:
+    """Whether a declaration that all others disagree with causes a part of a row."""
+    return row.ends[index].declared_by in {odd.declared_by for odd in program.declared.odd}
+
+
 def is_contracted(row: LedgerRow, index: int, program: Program) -> bool:
     """Whether a part of a row sums the results of products with weights split over its axes."""
     stored = {axis for leaf in program.leaves if leaf.part == "params" for axis in leaf.axes()}
@@ -197,7 +203,8 @@ def build_finding(
         for _, row, index in parts
     ]
     sent = sum(size for _, size, _ in shares)
-    if sent <= SMALL or sent < _WORTH * _minimum(program, axes):
+    odd = any(is_odd(row, index, program) for _, row, index in parts)
+    if sent <= SMALL or (sent < _WORTH * _minimum(program, axes) and not odd):
         return None
     lines = bytes_by_source((row, size) for row, size, _ in shares)
     largest, _, index = max(shares, key=lambda one: one[1])
@@ -248,11 +255,11 @@ def _first_line(
 ) -> Source | None:
     """The line of the first activation that is sent over some axes; of `lines` where none is known.
 
-    What comes after it is a consequence. Its order is that of the traced step.
+    What comes after it is a consequence, also what is sent over one of these axes and others. The
+    order is that of the traced step.
     """
-    sent = activation_parts(program, (), lambda *part: is_moved(*part) or is_contracted(*part)).get(
-        axes, ()
-    )
+    groups = activation_parts(program, (), lambda *part: is_moved(*part) or is_contracted(*part))
+    sent = (part for over, parts in groups.items() if {*over} & {*axes} for part in parts)
     rows = [row for _, row, _ in sent if row.phase == "forward"]
     known = {(line.file, line.line): line for row in rows for line in row.sources if line}
     known = known or {(line.file, line.line): line for line in lines}

@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from jax.sharding import PartitionSpec
 
 from ..._core.tracing import equations
 from ..._core.tree import path_to_glob
-from .._program import PlacedLeaf, Program
+from .._placed_leaf import PlacedLeaf
+from .._program import Program
+from ..communication._governing import find_governing
 from ..communication._ledger import LedgerRow
 from ..hlo._hlo import parse_shapes
 from ..hlo._source_lines import Sources
@@ -17,7 +19,6 @@ from ..hlo._sources import ComputedError, find_argument
 from ..memory._saved import SavedActivation, find_saved_activations
 from ._finding import SMALL, Finding, about_rows
 from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec
-from ._row_axes import COMPUTING, row_axes
 
 # Saved activations below 1 MiB are not worth a constraint.
 _LARGE = 2**20
@@ -130,12 +131,14 @@ def _replicated_finding(
     others = f" and {len(saved) - 1} more of this scope are" if len(saved) > 1 else " is"
     devices = math.prod(program.sizes[axis] for axis in axes)
     constraint = _constraint_of(largest.global_shape, axes, program)
+    source, declared = largest.source, program.declared
+    forced = source and find_governing(source, axes, declared.governing, program.batch_axes)
     return Finding(
         "replicated_activation",
         scope=scope,
         axes=axes,
         bytes=sum(activation.shape.nbytes for activation in saved),
-        source=largest.source,
+        source=forced or source,
         why=f"{whole}{others} kept for the backward pass, the same on all {devices} devices "
         f"of {names}" + (f"; {constraint}" if constraint else ""),
         fix=_suggest_constraint(program, axes),
@@ -147,7 +150,7 @@ def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Progr
     for shape in (whole, whole[1:]):
         for constraint in program.declared.constraints:
             if constraint.leaf.shape == shape and not set(axes) & set(constraint.axes()):
-                return _format_leaf(constraint)
+                return format_leaf(constraint)
     return ""
 
 
@@ -258,7 +261,7 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
             **about_rows(program.ledger, rows),
-            why=f"{_format_leaf(source)} meets {_format_leaf(target)}: gathered over "
+            why=f"{format_leaf(source)} meets {format_leaf(target)}: gathered over "
             f"{', '.join(axes)} ({phases})",
             fix=_suggest_common_spec(source, target),
         )
@@ -323,50 +326,7 @@ def _suggest_common_spec(source: PlacedLeaf, target: PlacedLeaf) -> str:
     )
 
 
-def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
-    """Activations that all-to-alls reshard from one dim to another, by line of code."""
-    groups: dict[tuple[tuple[str, ...], str, str], list[LedgerRow]] = {}
-    declared, own = program.declared, row_axes(program)
-    for number, row in enumerate(program.ledger):
-        if row.kind != "all-to-all" or number in claimed or row.by_optimizer:
-            continue
-        if "all_to_all" in row.op_name or row.payload_bytes <= SMALL:
-            continue
-        if row.axes and all("all-to-all" in declared.explains(axis) for axis in row.axes):
-            continue  # expert parallelism routes tokens by constraints
-        specs = _resharded_constraints(row, program)
-        if not specs and row.phase in COMPUTING and own & set(row.axes):
-            continue  # the rows of an activation are moved
-        groups.setdefault((row.axes, str(row.source or row.scope), specs), []).append(row)
-    for (axes, _, specs), rows in groups.items():
-        times = f"{len(rows)} × " if len(rows) > 1 else ""
-        yield Finding(
-            "resharding",
-            scope=rows[0].scope,
-            axes=axes,
-            bytes=sum(row.wire_bytes for row in rows),
-            **about_rows(program.ledger, rows),
-            why=f"{times}{rows[0].operands[0]} is resharded from one dim to another over "
-            f"{', '.join(axes)}: "
-            + (specs or "its producer and its consumer are split differently"),
-            fix="constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
-        )
-
-
-def _resharded_constraints(row: LedgerRow, program: Program) -> str:
-    """The two constraints that an all-to-all connects; "" if they are unknown."""
-    constraints = program.declared.constraints
-    sent = sum(math.prod(shape.dims) for text in row.operands for shape in parse_shapes(text))
-    for source in constraints:
-        for target in constraints:
-            same = source.leaf.shape == target.leaf.shape and source.dims() != target.dims()
-            moved = set(row.axes) <= set(source.axes()) & set(target.axes())
-            if same and moved and math.prod(source.shard(program.sizes)) == sent:
-                return f"{_format_leaf(source)} meets {_format_leaf(target)}"
-    return ""
-
-
-def _format_leaf(leaf: PlacedLeaf) -> str:
+def format_leaf(leaf: PlacedLeaf) -> str:
     """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`, or a parameter's."""
     return f"{leaf.leaf} as {format_spec(leaf.dims())}"
 

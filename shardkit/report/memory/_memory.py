@@ -3,7 +3,8 @@
 import dataclasses
 
 from ...hardware import identify_chip
-from .._program import PARTS, CompiledBytes, Program
+from .._placed_leaf import PARTS
+from .._program import CompiledBytes, Program
 
 MEMORY_CLASSES = (*PARTS, "padding", "output", "temp")
 """Fields of `Memory` that hold bytes of one class, in the order of tables."""

@@ -98,6 +98,20 @@ def splitting_axes(
     return tuple(axis for axis in mesh if axis in used)
 
 
+def is_shard_summed(
+    local: Sequence[int], whole: Sequence[int], over: Sequence[str], mesh: Mapping[str, int]
+) -> bool:
+    """Whether an array can be what a device holds of another one that is summed over mesh axes.
+
+    Those axes split no dim of it.
+
+    >>> is_shard_summed((8, 128), (16, 512), ["tensor"], {"data": 2, "tensor": 4})
+    False
+    """
+    others = [axis for axis in mesh if axis not in over]
+    return len(local) == len(whole) and splitting_axes(local, whole, mesh, others) is not None
+
+
 def _compiled_shapes(module: Module, parameters: Collection[int]) -> Iterator[Shape]:
     """Arrays that forward instructions write and backward ones read, each buffer once."""
     fused = {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..._core.tree import format_bytes
-from .._program import PlacedLeaf
+from .._placed_leaf import PlacedLeaf
 from ._memory import Memory
 from ._peak import Peak
 
