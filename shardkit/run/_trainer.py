@@ -204,7 +204,7 @@ class Trainer:
                 evaluate=self.evaluate,
                 tokens=self.tokens,
                 metrics=self.metrics,
-                several=process_group.count > 1,
+                process_group=process_group,
             )
             return loop.run(state)
 
