@@ -122,6 +122,24 @@ def test_gradients_that_are_rounded_otherwise_are_another_run(tmp_path):
         train(tmp_path, rounded(8), resume=str(tmp_path / "run"))
 
 
+def test_the_loss_of_shards_decides_too(tmp_path):
+    def on_shards(scale, n=8):
+        def reference(params, batch, key):
+            return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+        def local(params, batch, key):
+            return scale * jax.lax.pmean(reference(params, batch, key), "data")
+
+        return declared(n, loss_fn=sk.ShardMapLoss(local, reference), mode="shard_map")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_shards(1.0), ends_at=3)
+    with pytest.raises(sk.errors.CheckpointError, match="loss  was "):
+        train(tmp_path, on_shards(2.0), resume=str(tmp_path / "run"))
+    assert int(train(tmp_path, on_shards(1.0, n=4)).step) == 4
+    assert runs(tmp_path) == ["run"]
+
+
 def constrained(n, mesh=None):
     sharding = jax.sharding.NamedSharding(mesh, P("data")) if mesh else P("data")
 

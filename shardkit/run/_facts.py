@@ -22,6 +22,7 @@ from .._core.tree import leaves_by_path, short_type
 from .._core.types import Key, Params, Variables, strip_axes
 from .._core.versions import package_versions, utc_time
 from ..checkpoint import compute_fingerprints, fingerprint_values, format_fingerprint
+from ..nn._manual_axis_rules import ShardMapLoss
 from ..processes import ProcessGroup
 from ..step import CompiledStep, build_objective, call_update
 from ._config import TrainConfig
@@ -153,6 +154,8 @@ def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any
 def _digest_programs(step: CompiledStep) -> dict[str, str]:
     """Traces and lowers init, loss and optimizer of a step."""
     spec, unplaced = step.spec, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    loss = spec.loss_fn
+    losses = (loss.local, loss.reference) if isinstance(loss, ShardMapLoss) else (loss,)
     state = jax.tree.map(unplaced, step.layout.state)
     trained = step.layout.partition.trained(state.params)
 
@@ -175,8 +178,9 @@ def _digest_programs(step: CompiledStep) -> dict[str, str]:
 
     return {
         "init": _digest(init, state.key),
-        "loss": _digest(
-            build_objective(spec.loss_fn), state.params, state.model_state, spec.batch, state.key
+        "loss": " ".join(
+            _digest(build_objective(loss), state.params, state.model_state, spec.batch, state.key)
+            for loss in losses
         ),
         "optimizer": f"{_digest(update, trained, state.opt_state, trained)} "
         f"{_digest(spec.optimizer.init, trained)}",
@@ -188,11 +192,14 @@ def _types(tree: Any) -> dict[str, str]:
 
 
 def _digest(function: Callable[..., Any], *args: Any) -> str:
-    """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards."""
+    """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards.
+
+    A loss of shards is that of one which has all rows: every axis that it names has size 1.
+    """
     program = jax.jit(without_constraints(function))
     try:
         text = on_any_mesh(lambda *args: program.lower(*args).as_text())(*args)
-    except StepError:
+    except (StepError, NotImplementedError, TypeError, ValueError):
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
