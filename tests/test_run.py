@@ -29,6 +29,7 @@ from shardkit.lm import (
 from shardkit.lm._scores import spread_batches
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import strategies
+from shardkit.processes import ProcessGroup
 from shardkit.run import _clock
 from shardkit.run._clock import Clock
 from shardkit.run._folder import RunFolder
@@ -109,7 +110,14 @@ def run(tmp_path, step, batches=None, **config):
 
     with MetricsFile(tmp_path) as file:
         folder = RunFolder(file, config, as_source(batches or TEXT.batch), {}, print)
-        loop = Loop(step, folder, [FiniteCheck(1), noting], evaluate=evaluate, tokens=24)
+        loop = Loop(
+            step,
+            folder,
+            [FiniteCheck(1), noting],
+            evaluate=evaluate,
+            tokens=24,
+            process_group=ProcessGroup(),
+        )
         state = loop.run(0)
     return state, noting.told, rows(tmp_path)
 
