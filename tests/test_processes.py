@@ -106,6 +106,9 @@ def test_half_a_cluster_in_the_environment_is_refused(signs, told, fix):
     assert fix in fixes
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def test_a_port_that_is_taken_is_told_in_process_0():
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
@@ -555,6 +558,55 @@ def test_ctrl_c_ends_a_script_of_a_users_own_that_waits_in_c(what, tmp_path):
     assert (run.returncode, errors) == (130, f"Interrupted.\n{said}")
     steps = sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()
     assert steps == ((2,) if what == "evaluate" else ())
+
+
+# A program that XLA compiles for many seconds, in threads.
+COMPILES_LONG = """
+import signal, sys
+import jax, jax.numpy as jnp, optax
+import shardkit as sk
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def loss(params, batch, key):
+    x = batch
+    for w in params:
+        x = jnp.tanh(x @ w) + jnp.sin(x @ w.T) * jax.nn.softmax(x)
+    return jnp.mean(x**2)
+
+compile, name = jax.stages.Lowered.compile, sys.argv.pop()
+jax.stages.Lowered.compile = lambda *a, **k: print("compiles", flush=True) or compile(*a, **k)
+try:
+    sk.compile_step(
+        loss, optax.sgd(0.1), init=lambda key: [jnp.ones((16, 16))] * 40, batch=jnp.ones((8, 16)),
+        mesh=sk.MeshSpec(data=1).build("cpu:1"), strategy=sk.strategies.data(),
+    )
+except KeyboardInterrupt:
+    if name == "left":
+        raise
+    print("handled", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["left", "handled"])
+def test_ctrl_c_ends_a_script_that_compiles_outside_of_a_run(what):
+    words = [sys.executable, "-c", COMPILES_LONG, what]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with subprocess.Popen(words, **pipes, env=environment, cwd=ROOT) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "compiles\n"
+            time.sleep(0.5)
+            began = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            if what == "handled":
+                assert run.stdout.readline() == "handled\n"
+                return
+            _, errors = run.communicate(timeout=30)
+        finally:
+            run.kill()
+    assert (run.returncode, errors.splitlines()[-1]) == (130, "KeyboardInterrupt")
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("what", ["compile", "import"])
