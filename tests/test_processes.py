@@ -463,6 +463,51 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
             run.kill()
 
 
+STARTS = """
+import ctypes, os, sys
+mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
+
+def wait_for_ever():  # as for a compiler
+    libc.pthread_mutex_lock(mutex)
+    os.write(1, b"up\\n")
+    libc.pthread_mutex_lock(mutex)
+
+if sys.argv[1] == "imports":
+    wait_for_ever()
+import shardkit as sk
+with sk.distributed() as process_group:
+    process_group.begin()
+    if sys.argv[1] == "trains":
+        process_group.begin(0)
+        process_group.report_step(1)
+    wait_for_ever()
+"""
+
+
+@pytest.mark.parametrize("what", ["imports", "compiles", "trains"])
+def test_ctrl_c_ends_processes_at_once_that_have_nothing_to_save(what):
+    words = ["-m", "shardkit", "launch", "-n", "2", "--", sys.executable, "-c", STARTS, what]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], **pipes, cwd=ROOT) as run:
+        try:
+            out = run.stdout
+            assert out is not None
+            assert sorted(out.readline() for _ in range(2)) == ["[1] up\n", "up\n"]
+            run.send_signal(signal.SIGINT)
+            if what == "trains":
+                with pytest.raises(subprocess.TimeoutExpired):
+                    run.wait(2)
+                run.send_signal(signal.SIGINT)  # now also what is not saved
+            _, errors = run.communicate(timeout=10)
+        finally:
+            run.kill()
+    if what == "trains":
+        assert run.returncode == 128 + signal.SIGKILL
+    else:
+        assert (run.returncode, errors.splitlines()[0]) == (130, "Interrupted.")
+        assert "killed" not in errors
+
+
 WAITS_FOR_EVER = """
 import ctypes, threading
 from shardkit.run._stop import StopRequest

@@ -160,6 +160,7 @@ class Trainer:
             self.config,
             self.process_group,
         )
+        process_group.begin()
         shared: dict[str, Any] = {"record": self.record, "process_group": process_group}
         declared = {"record": self.record, "evaluates": self.evaluate is not None}
         facts = agree_on_run(process_group, config, data=source.state(0), **declared)
@@ -193,6 +194,7 @@ class Trainer:
             given=functools.partial(self._given, step),
             **shared,
         ) as (folder, state):
+            process_group.begin(folder.start)
             show_layout(self.console, state)
             path = label_text("metrics", f" {folder.metrics.path}\n")
             self.console.print(path, soft_wrap=True)
