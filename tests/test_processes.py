@@ -330,6 +330,22 @@ def test_strangers_may_send_anything(joined):
         connected.close()
 
 
+def test_process_0_is_no_stranger_however_late_it_comes(monkeypatch):
+    monkeypatch.setattr("shardkit.processes._coordinator._STRANGER_TIMEOUT", 0.1)
+    listener = listen("127.0.0.1")
+    coordinator = Coordinator(listener, 1, "token", patience=30)
+    rude = [socket.create_connection(listener.getsockname()) for _ in range(100)]
+    assert [connected.recv(1) for connected in rude] == [b""] * 100
+    coordinator.stream.present("token")
+    coordinator.stream.send("hello", process=0)
+    coordinator.stream.send("gather", topic="t", value=7, patient=False)
+    assert heard(coordinator.stream, "gathered")["values"] == [7]
+    coordinator.stream.send("bye")
+    coordinator.close()
+    for connected in (*rude, coordinator.stream):
+        connected.close()
+
+
 @pytest.mark.parametrize(
     "line",
     [
