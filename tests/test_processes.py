@@ -681,6 +681,44 @@ def test_ctrl_c_ends_a_command_that_compiles_or_imports_in_one_line(what):
     assert (run.returncode, errors) == (130, "Interrupted.\n")
 
 
+SWALLOWS = """
+import threading
+try:
+    print("imports", flush=True)
+    threading.Event().wait()
+except BaseException:
+    pass
+
+def run(arguments):
+    return 0
+"""
+
+IMPORTS = """
+import sys
+import shardkit.cli._main as entry
+from shardkit.cli._command import Command, import_late
+entry.COMMANDS = (Command("plan", "imports", import_late("imported")),)
+sys.exit(entry.main())
+"""
+
+
+def test_ctrl_c_is_obeyed_by_a_command_whose_imports_would_swallow_it(tmp_path):
+    program = (
+        "import threading\ntry:\n    print('imports', flush=True)\n    threading.Event().wait()"
+    )
+    program += "\nexcept BaseException:\n    pass\ndef run(arguments):\n    return 0\n"
+    (tmp_path / "imported.py").write_text(program)
+    words = [sys.executable, "-c", IMPORTS, "plan"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with subprocess.Popen(words, **pipes, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "imports\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=10)
+    assert (run.returncode, errors) == (130, "Interrupted.\n")
+
+
 def alive(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -93,6 +93,7 @@ class InterruptGuard:
         self._raised, self._stack = threading.Event(), contextlib.ExitStack()
         self._leave: Callable[[], str] | None = None
         self._leaving = threading.RLock()  # a handler may interrupt another one
+        self._exits = False
 
     def __enter__(self) -> Self:
         """Installs the handler; outside the main thread Python cannot."""
@@ -125,7 +126,23 @@ class InterruptGuard:
         finally:
             self._leave = None
 
+    @contextlib.contextmanager
+    def importing(self) -> Iterator[None]:
+        """Ends the process at Ctrl-C in the block, which imports, and has nothing to save.
+
+        An exception in the middle of an import is lost where a module tries another one in its
+        place, and one in the middle of an extension of C++ can crash the process.
+        """
+        self._exits = True
+        try:
+            yield
+        finally:
+            self._exits = False
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self._exits:
+            os.write(2, b"Interrupted.\n")
+            exit_now(INTERRUPTED)
         with self._leaving:  # not while the thread ends the process
             self._raised.set()
         raise KeyboardInterrupt
@@ -196,6 +213,6 @@ def exit_now(code: int) -> None:
         if thread.name.startswith(SAVING):
             thread.join()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a handler may interrupt it
             stream.flush()
     os._exit(code)
