@@ -134,6 +134,20 @@ def watch(folder, step, process_group):
     (folder / f"events-{process_group.index}.json").write_text(json.dumps(events.counts))
 
 
+class Stops(sk.Callback):
+    """Ends the run after an update, in process 1 alone."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def on_start(self, run, state):
+        self.run = run
+
+    def on_step(self, metrics):
+        if self.process == 1 and metrics.step == BREAKS_AT:
+            self.run.stop("good enough")
+
+
 def train(folder, step, how="", process_group=None):
     """Trains to the end or to the failure, resuming from the checkpoints in the folder."""
     process_group = process_group or sk.ProcessGroup()
@@ -141,14 +155,17 @@ def train(folder, step, how="", process_group=None):
     def data(i):
         return {name: x[step.local_rows] for name, x in broken(how, process_group.index, i).items()}
 
+    callbacks = [Stops(process_group.index)] if how == "stops" else []
     return sk.Trainer(
-        step, data, folder, CONFIG, record={"model": "tanh"}, process_group=process_group
-    ).run()
+        step, data, folder, CONFIG, record={"model": "tanh"}, callbacks=callbacks,
+        process_group=process_group,
+    ).run()  # fmt: skip
 
 
 def main(folder: Path, runs: list[str]) -> None:
     """Runs the runs, one after the other."""
-    with sk.distributed(step_timeout=4) as process_group:
+    limits = {"start_timeout": 10.0} if runs == ["run:stops"] else {"step_timeout": 4.0}
+    with sk.distributed(**limits) as process_group:
         step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")

@@ -29,9 +29,12 @@ def compiled(differs):
             "x": jax.ShapeDtypeStruct((8, 8), jnp.float32),
             "c": jax.ShapeDtypeStruct((8, 4), jnp.float32),
         },
-        mesh=sk.MeshSpec(data=2, tensor=4).build(),
-        # The rows of c are in every process.
-        strategy=sk.Strategy(params=sk.REPLICATED, batch=P("tensor")),
+        mesh=sk.MeshSpec(data=2, tensor=4).build(
+            devices=jax.devices()[:: 1 - 2 * differs("devices")]
+        ),
+        # The rows of c are in every process, and half of w.
+        strategy=sk.Strategy(params=sk.PathRules({"w": P("data")}), batch=P("tensor")),
+        compiler_options={"xla_cpu_enable_fast_math": bool(differs("compiler_options"))},
     )
 
 
@@ -58,7 +61,10 @@ def run(folder, fault, process_group):
         replica_check_every=1,
     )
     record = {"model": {"size": differs("record")}}
-    sk.Trainer(step, batch, folder, config, record=record, process_group=process_group).run()
+    given = {"w": np.full((8, 4), differs("given"), "f")} if fault == "given" else None
+    sk.Trainer(
+        step, batch, folder, config, record=record, params=given, process_group=process_group
+    ).run()
 
 
 def main(folder, faults):

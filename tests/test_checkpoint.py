@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import zlib
@@ -416,6 +417,15 @@ def test_another_format_is_no_damage(version, fix, saved, state, tmp_path):
     with pytest.raises(sk.errors.CheckpointError, match=f"is {fix}") as error:
         restore(tmp_path / "copy", state, on_damage="previous")
     assert f"format version {version}; this shardkit reads 2" in str(error.value)
+
+
+def test_a_folder_in_one_that_may_not_be_read_is_not_taken_for_none(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)  # the tests may be those of a user who may
+    with pytest.raises(sk.errors.CheckpointError, match="Permission denied"):
+        sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()
 
 
 def test_a_folder_of_something_else_is_told(tmp_path, state):

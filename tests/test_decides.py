@@ -1,5 +1,6 @@
 """What decides the numbers of a run is compared: between processes, and when it resumes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,14 +23,14 @@ from .test_trainer import at_read, interrupt
 ROOT = Path(__file__).parent.parent
 
 
-def compiled(rate=0.1, scale=1.0, n=8, first=1.0):
+def compiled(rate=0.1, scale=1.0, n=8, first=1.0, **options):
     return sk.compile_step(
         lambda params, batch, key: scale * jnp.mean((batch["x"] @ params["w"]) ** 2),
         optax.adam(rate),
         init=lambda key: {"w": first + jax.random.normal(key, (4, 4))},
         batch={"x": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
         mesh=sk.MeshSpec(data=n).build(devices=jax.devices()[:n]),
-        strategy=sk.strategies.data(),
+        **{"strategy": sk.strategies.data(), **options},
     )
 
 
@@ -101,6 +102,44 @@ def test_other_software_is_told_when_a_run_resumes(begun, tmp_path, capsys, monk
     assert said.count("Other software than in the checkpoint") == 1
 
 
+def test_other_options_of_the_compiler_are_told_when_a_run_resumes(begun, tmp_path, capsys):
+    shutil.copytree(begun / "run", tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, compiled(compiler_options={"xla_cpu_enable_fast_math": True}), ends_at=3)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert said.count("compiler_options.xla_cpu_enable_fast_math was None, is 'True'") == 1
+
+
+def test_gradients_that_are_rounded_otherwise_are_another_run(tmp_path):
+    def rounded(block):
+        rounding = sk.GradientCompression("data", block=block)
+        strategy = dataclasses.replace(sk.strategies.data(), compression=rounding)
+        return compiled(strategy=strategy, mode="shard_map")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, rounded(256), ends_at=3)
+    with pytest.raises(sk.errors.CheckpointError, match=r"compression\.block  was 256, is 8"):
+        train(tmp_path, rounded(8), resume=str(tmp_path / "run"))
+
+
+def test_the_loss_of_shards_decides_too(tmp_path):
+    def on_shards(scale, n=8):
+        def reference(params, batch, key):
+            return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+        def local(params, batch, key):
+            return scale * jax.lax.pmean(reference(params, batch, key), "data")
+
+        return declared(n, loss_fn=sk.ShardMapLoss(local, reference), mode="shard_map")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_shards(1.0), ends_at=3)
+    with pytest.raises(sk.errors.CheckpointError, match="loss  was "):
+        train(tmp_path, on_shards(2.0), resume=str(tmp_path / "run"))
+    assert int(train(tmp_path, on_shards(1.0, n=4)).step) == 4
+    assert runs(tmp_path) == ["run"]
+
+
 def constrained(n, mesh=None):
     sharding = jax.sharding.NamedSharding(mesh, P("data")) if mesh else P("data")
 
@@ -161,6 +200,9 @@ FAULTS = {
     "init": "init  process 0: '",
     "loss": "loss     process 0: '",
     "rate": "optimizer  process 0: '",
+    "devices": "devices  process 0: [0, ",
+    "compiler_options": "compiler_options.xla_cpu_enable_fast_math  process 0: 'False'; process 1:",
+    "given": "given.params/w  process 0: '",
     "batch": "batch/c f32[8,4]  on cpu",  # the last: it ends the processes
 }
 

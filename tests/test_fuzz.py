@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import shardkit as sk
 from shardkit._core.io import Table, make_console, print_table
+from shardkit.checkpoint._manifest import _crc, _render
 from shardkit.cli import main
 from shardkit.config import Config
 from shardkit.config._override import _fields, apply_overrides
@@ -65,7 +66,10 @@ def edited(draw, text):
     return text
 
 
-WRONG = [None, -1, "x", [], {}, 1e300, True, [1], {"a": 1}, "9" * 50, 10**30]
+WRONG = [
+    *[None, -1, 0, "x", "", [], {}, 1e300, True, [1], {"a": 1}, "9" * 50, 10**30, "\x1b[2J"],
+    *[float("nan"), "object", "key<fry>", "../x", [-1, 2]],
+]
 
 
 @st.composite
@@ -120,6 +124,29 @@ def read_journal(tmp_path_factory):
     return read
 
 
+@pytest.fixture(scope="module")
+def read_manifest(step, tmp_path_factory):
+    """Reads, restores and shows a checkpoint whose manifest is a text with a valid checksum."""
+    folder = tmp_path_factory.mktemp("saved")
+    state = {"state": step.init(jax.random.key(0)), "drawn": jnp.ones((2, 3), jnp.bfloat16)}
+    sk.Checkpointer(folder).save(3, state, data={"batch": 3}, metrics={"loss": 1.0})
+    path = folder / "step-00000003" / "manifest.json"
+
+    def read(text):
+        fields = json.loads(text)
+        fields.pop("crc32", None)
+        try:
+            path.write_text(_render({**fields, "crc32": _crc(_render(fields))}))
+        except ValueError:  # NaN, which is no JSON
+            path.write_text(text)
+        with contextlib.suppress(sk.ShardkitError):
+            sk.Checkpointer(folder).restore(state)
+        assert main(["checkpoint", "inspect", str(folder)]) in (0, 2)
+        assert main(["checkpoint", "verify", str(folder), "--values"]) in (0, 1)
+
+    return read, path.read_text()
+
+
 HEADER = '{"identity": {"x": 1}, "shardkit_sweep": 2}\n'
 
 
@@ -140,16 +167,17 @@ def journal_row(step):
 
 FIELDS = st.builds("{}={}".format, st.one_of(st.sampled_from(PATHS), texts(PATHS)), texts(VALUES))
 GRAMMARS = {
-    "fields": lambda step, journal: (set_field, FIELDS),
-    "meshes": lambda step, journal: (set_field, texts(MESH).map("mesh={}".format)),
-    "strategies": lambda step, journal: (set_field, texts(STRATEGY).map("strategy={}".format)),
-    "targets": lambda step, journal: (Target.parse, texts(TARGET)),
-    "HLO": lambda step, journal: (parse, st.one_of(edited(step.hlo()), texts(HLO))),
-    "reports": lambda step, journal: (
+    "fields": lambda step, *_: (set_field, FIELDS),
+    "meshes": lambda step, *_: (set_field, texts(MESH).map("mesh={}".format)),
+    "strategies": lambda step, *_: (set_field, texts(STRATEGY).map("strategy={}".format)),
+    "targets": lambda step, *_: (Target.parse, texts(TARGET)),
+    "HLO": lambda step, *_: (parse, st.one_of(edited(step.hlo()), texts(HLO))),
+    "manifests": lambda step, journal, manifest: (manifest[0], changed(manifest[1])),
+    "reports": lambda step, *_: (
         read_report,
         st.one_of(changed(step.report().to_json()), edited(step.report().to_json()), texts(JSON)),
     ),
-    "journals": lambda step, journal: (
+    "journals": lambda step, journal, manifest: (
         journal,
         st.one_of(
             edited(HEADER),
@@ -163,8 +191,8 @@ GRAMMARS = {
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-def fuzz(grammar, step, journal, examples):
-    read, strategy = GRAMMARS[grammar](step, journal)
+def fuzz(grammar, read_from, examples):
+    read, strategy = GRAMMARS[grammar](*read_from)
 
     @settings(
         max_examples=examples,
@@ -175,15 +203,24 @@ def fuzz(grammar, step, journal, examples):
     )
     @given(strategy)
     def check(text):
-        with contextlib.suppress(sk.ShardkitError):
+        said = ""
+        try:
             read(text)
+        except sk.ShardkitError as error:
+            said = str(error)
+        assert not set(said) & set("\x1b\r\0")
 
     check()
 
 
+@pytest.fixture(scope="module")
+def read_from(step, read_journal, read_manifest):
+    return step, read_journal, read_manifest
+
+
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_every_text_is_read_or_refused(grammar, step, read_journal):
-    fuzz(grammar, step, read_journal, 60)
+def test_every_text_is_read_or_refused(grammar, read_from):
+    fuzz(grammar, read_from, 60)
 
 
 @pytest.mark.slow
@@ -191,9 +228,9 @@ def test_every_text_is_read_or_refused(grammar, step, read_journal):
     "examples", [2_000, pytest.param(20_000, marks=pytest.mark.exhaustive)], ids="{:,}".format
 )
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_thousands_of_texts_are_read_or_refused(grammar, examples, step, read_journal):
-    # A journal is a file that is locked and written.
-    fuzz(grammar, step, read_journal, examples // 10 if grammar == "journals" else examples)
+def test_thousands_of_texts_are_read_or_refused(grammar, examples, read_from):
+    # These are files, which are written and locked each time.
+    fuzz(grammar, read_from, examples // 10 if grammar in ("journals", "manifests") else examples)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +248,45 @@ def test_thousands_of_texts_are_read_or_refused(grammar, examples, step, read_jo
 def test_what_cannot_be_a_value_is_said(text, why):
     with pytest.raises(sk.ShardkitError, match=why):
         set_field(text)
+
+
+def change(document, *path, to):
+    fields = node = json.loads(document)
+    for name in path[:-1]:
+        node = node[name]
+    node[path[-1]] = to
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("version",), "\x1b[2J"),
+        (("mesh", 0, 1), 0),
+        (("ledger", "rows", 0, "wire_bytes"), float("nan")),
+        (("flops", "model"), 0),
+    ],
+)
+def test_a_report_of_odd_numbers_is_shown_or_refused(path, to, step):
+    with contextlib.suppress(sk.errors.ReportError):
+        read_report(change(step.report().to_json(), *path, to=to))
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("leaves", "state/key", "key"), "x"),
+        (("leaves", "drawn", "dtype"), "key<fry>"),
+        (("leaves", "drawn", "dtype"), "object"),
+        (("versions", "jax"), "\x1b[2J"),
+    ],
+)
+def test_a_manifest_of_odd_words_is_damaged(path, to, read_manifest, capsys):
+    read, text = read_manifest
+    read(change(text, *path, to=to))
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert ("damaged" in shown.out + shown.err) == (path[0] == "leaves")
 
 
 def test_control_characters_in_names_reach_no_terminal(tmp_path, capsys):

@@ -157,6 +157,17 @@ def test_samples_depend_on_their_row_and_key_alone_and_compile_once():
     assert len(generator._programs) == before
 
 
+def test_programs_that_were_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr("shardkit.lm._generate._KEPT", 2)
+    params, mesh = laid_out(GPT, parameters(GPT), _hf.ONE)
+    generator = Generator(GPT, mesh, strategy())
+    kept = []
+    for count in (1, 2, 1, 3):
+        generator(params, [[1, 2]], count=count)
+        kept.append([shapes[-2] for shapes in generator._programs])
+    assert kept == [[1], [1, 2], [2, 1], [1, 3]]
+
+
 def test_prompts_that_cannot_be_continued_are_named_together():
     generator = Generator(GPT, _hf.make_mesh(_hf.ONE), strategy())
     with pytest.raises(sk.errors.StepError) as error:

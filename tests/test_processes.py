@@ -106,6 +106,9 @@ def test_half_a_cluster_in_the_environment_is_refused(signs, told, fix):
     assert fix in fixes
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def test_a_port_that_is_taken_is_told_in_process_0():
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
@@ -327,6 +330,22 @@ def test_strangers_may_send_anything(joined):
         connected.close()
 
 
+def test_process_0_is_no_stranger_however_late_it_comes(monkeypatch):
+    monkeypatch.setattr("shardkit.processes._coordinator._STRANGER_TIMEOUT", 0.1)
+    listener = listen("127.0.0.1")
+    coordinator = Coordinator(listener, 1, "token", patience=30)
+    rude = [socket.create_connection(listener.getsockname()) for _ in range(100)]
+    assert [connected.recv(1) for connected in rude] == [b""] * 100
+    coordinator.stream.present("token")
+    coordinator.stream.send("hello", process=0)
+    coordinator.stream.send("gather", topic="t", value=7, patient=False)
+    assert heard(coordinator.stream, "gathered")["values"] == [7]
+    coordinator.stream.send("bye")
+    coordinator.close()
+    for connected in (*rude, coordinator.stream):
+        connected.close()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -460,6 +479,51 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
             run.kill()
 
 
+STARTS = """
+import ctypes, os, sys
+mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
+
+def wait_for_ever():  # as for a compiler
+    libc.pthread_mutex_lock(mutex)
+    os.write(1, b"up\\n")
+    libc.pthread_mutex_lock(mutex)
+
+if sys.argv[1] == "imports":
+    wait_for_ever()
+import shardkit as sk
+with sk.distributed() as process_group:
+    process_group.begin()
+    if sys.argv[1] == "trains":
+        process_group.begin(0)
+        process_group.report_step(1)
+    wait_for_ever()
+"""
+
+
+@pytest.mark.parametrize("what", ["imports", "compiles", "trains"])
+def test_ctrl_c_ends_processes_at_once_that_have_nothing_to_save(what):
+    words = ["-m", "shardkit", "launch", "-n", "2", "--", sys.executable, "-c", STARTS, what]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], **pipes, cwd=ROOT) as run:
+        try:
+            out = run.stdout
+            assert out is not None
+            assert sorted(out.readline() for _ in range(2)) == ["[1] up\n", "up\n"]
+            run.send_signal(signal.SIGINT)
+            if what == "trains":
+                with pytest.raises(subprocess.TimeoutExpired):
+                    run.wait(2)
+                run.send_signal(signal.SIGINT)  # now also what is not saved
+            _, errors = run.communicate(timeout=10)
+        finally:
+            run.kill()
+    if what == "trains":
+        assert run.returncode == 128 + signal.SIGKILL
+    else:
+        assert (run.returncode, errors.splitlines()[0]) == (130, "Interrupted.")
+        assert "killed" not in errors
+
+
 WAITS_FOR_EVER = """
 import ctypes, threading
 from shardkit.run._stop import StopRequest
@@ -557,12 +621,99 @@ def test_ctrl_c_ends_a_script_of_a_users_own_that_waits_in_c(what, tmp_path):
     assert steps == ((2,) if what == "evaluate" else ())
 
 
+# A program that XLA compiles for many seconds, in threads.
+COMPILES_LONG = """
+import signal, sys
+import jax, jax.numpy as jnp, optax
+import shardkit as sk
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def loss(params, batch, key):
+    x = batch
+    for w in params:
+        x = jnp.tanh(x @ w) + jnp.sin(x @ w.T) * jax.nn.softmax(x)
+    return jnp.mean(x**2)
+
+compile, name = jax.stages.Lowered.compile, sys.argv.pop()
+jax.stages.Lowered.compile = lambda *a, **k: print("compiles", flush=True) or compile(*a, **k)
+try:
+    sk.compile_step(
+        loss, optax.sgd(0.1), init=lambda key: [jnp.ones((16, 16))] * 40, batch=jnp.ones((8, 16)),
+        mesh=sk.MeshSpec(data=1).build("cpu:1"), strategy=sk.strategies.data(),
+    )
+except KeyboardInterrupt:
+    if name == "left":
+        raise
+    print("handled", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["left", "handled"])
+def test_ctrl_c_ends_a_script_that_compiles_outside_of_a_run(what):
+    words = [sys.executable, "-c", COMPILES_LONG, what]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with subprocess.Popen(words, **pipes, env=environment, cwd=ROOT) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "compiles\n"
+            time.sleep(0.5)
+            began = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            if what == "handled":
+                assert run.stdout.readline() == "handled\n"
+                return
+            _, errors = run.communicate(timeout=30)
+        finally:
+            run.kill()
+    assert (run.returncode, errors.splitlines()[-1]) == (130, "KeyboardInterrupt")
+    assert time.monotonic() - began < 3
+
+
 @pytest.mark.parametrize("what", ["compile", "import"])
 def test_ctrl_c_ends_a_command_that_compiles_or_imports_in_one_line(what):
     words = [sys.executable, "-c", COMPILES, "plan", what]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "compiles\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=10)
+    assert (run.returncode, errors) == (130, "Interrupted.\n")
+
+
+SWALLOWS = """
+import threading
+try:
+    print("imports", flush=True)
+    threading.Event().wait()
+except BaseException:
+    pass
+
+def run(arguments):
+    return 0
+"""
+
+IMPORTS = """
+import sys
+import shardkit.cli._main as entry
+from shardkit.cli._command import Command, import_late
+entry.COMMANDS = (Command("plan", "imports", import_late("imported")),)
+sys.exit(entry.main())
+"""
+
+
+def test_ctrl_c_is_obeyed_by_a_command_whose_imports_would_swallow_it(tmp_path):
+    program = (
+        "import threading\ntry:\n    print('imports', flush=True)\n    threading.Event().wait()"
+    )
+    program += "\nexcept BaseException:\n    pass\ndef run(arguments):\n    return 0\n"
+    (tmp_path / "imported.py").write_text(program)
+    words = [sys.executable, "-c", IMPORTS, "plan"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with subprocess.Popen(words, **pipes, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "imports\n"
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=10)
     assert (run.returncode, errors) == (130, "Interrupted.\n")

@@ -29,6 +29,7 @@ from shardkit.lm import (
 from shardkit.lm._scores import spread_batches
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import strategies
+from shardkit.processes import ProcessGroup
 from shardkit.run import _clock
 from shardkit.run._clock import Clock
 from shardkit.run._folder import RunFolder
@@ -109,7 +110,14 @@ def run(tmp_path, step, batches=None, **config):
 
     with MetricsFile(tmp_path) as file:
         folder = RunFolder(file, config, as_source(batches or TEXT.batch, dict), {}, print)
-        loop = Loop(step, folder, [FiniteCheck(1), noting], evaluate=evaluate, tokens=24)
+        loop = Loop(
+            step,
+            folder,
+            [FiniteCheck(1), noting],
+            evaluate=evaluate,
+            tokens=24,
+            process_group=ProcessGroup(),
+        )
         state = loop.run(0)
     return state, noting.told, rows(tmp_path)
 
@@ -239,13 +247,14 @@ def test_a_pipe_where_metrics_were_gets_no_rows(tmp_path):
             metrics.write("step", step=1)
 
 
-def test_metrics_whose_folder_was_deleted_are_written_again(tmp_path):
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda folder: folder.rename(f"{folder}-old")])
+def test_metrics_whose_folder_was_deleted_or_moved_are_written_again(lose, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with MetricsFile(folder) as metrics:
         metrics.write("step", step=1)
-        shutil.rmtree(folder)
-        with pytest.warns(RuntimeWarning, match="was deleted during the run"):
+        lose(folder)
+        with pytest.warns(RuntimeWarning, match="was deleted or moved during the run"):
             metrics.write("step", step=2)
         metrics.write("step", step=3)
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]

@@ -206,6 +206,15 @@ def test_a_process_that_hangs_ends_all(broken, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_does_not_stop_with_the_others_is_named(broken, tmp_path):
+    code, errors = broken("run:stops")
+    named = r"process 0 of 2, step \d: has not reached 'the stop after update 6' within 10 s"
+    assert re.fullmatch(named, errors[0]), "\n".join(errors)
+    assert code == 70
+    assert saved(tmp_path / "run")[-1] in (4, 6)
+
+
+@pytest.mark.slow
 def test_another_batch_and_program_are_told_before_the_first_step(broken, tmp_path):
     code, errors = broken("run:differs")
     assert code == 1, "\n".join(errors)

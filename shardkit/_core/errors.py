@@ -12,7 +12,13 @@ from typing import Self
 
 
 class ShardkitError(ValueError):
-    """Base of every error that a user's declaration, config or data can cause."""
+    """Base of every error that a user's declaration, config or data can cause.
+
+    Control characters in its message are escaped: names come from files of others.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
     @classmethod
     def of(cls, headline: str, subject: str, why: str, fix: str = "") -> Self:

@@ -5,6 +5,7 @@ the descriptor that the interpreter's C handler writes to.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -92,6 +93,7 @@ class InterruptGuard:
         self._raised, self._stack = threading.Event(), contextlib.ExitStack()
         self._leave: Callable[[], str] | None = None
         self._leaving = threading.RLock()  # a handler may interrupt another one
+        self._exits = False
 
     def __enter__(self) -> Self:
         """Installs the handler; outside the main thread Python cannot."""
@@ -124,7 +126,23 @@ class InterruptGuard:
         finally:
             self._leave = None
 
+    @contextlib.contextmanager
+    def importing(self) -> Iterator[None]:
+        """Ends the process at Ctrl-C in the block, which imports, and has nothing to save.
+
+        An exception in the middle of an import is lost where a module tries another one in its
+        place, and one in the middle of an extension of C++ can crash the process.
+        """
+        self._exits = True
+        try:
+            yield
+        finally:
+            self._exits = False
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self._exits:
+            os.write(2, b"Interrupted.\n")
+            exit_now(INTERRUPTED)
         with self._leaving:  # not while the thread ends the process
             self._raised.set()
         raise KeyboardInterrupt
@@ -150,14 +168,40 @@ def active_guard() -> InterruptGuard | None:
     return owner if isinstance(owner, InterruptGuard) else None
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Lets Ctrl-C in the block, which compiles, end a script at once, unless the script handles it.
+
+    The exception comes at once, but XLA's threads go on compiling: the interpreter would wait for
+    them for seconds and often crash (`exit_now`). So once it was raised, one that nobody handles
+    ends the process behind its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _is_interactive():
+            sys.excepthook = functools.partial(_show_and_exit, sys.excepthook)
+        raise
+
+
+def _show_and_exit(show: Callable[..., object], kind: type[BaseException], *error: Any) -> None:
+    show(kind, *error)
+    if issubclass(kind, KeyboardInterrupt):
+        exit_now(INTERRUPTED)
+
+
+def _is_interactive() -> bool:
+    """Whether a prompt or a notebook goes on after an exception."""
+    return bool(getattr(sys, "ps1", None) or sys.flags.interactive or "ipykernel" in sys.modules)
+
+
 def guard_script() -> contextlib.AbstractContextManager[object]:
     """Returns an `InterruptGuard` for a script that leaves Ctrl-C to Python.
 
     A prompt or a notebook must go on after Ctrl-C, and a handler of the caller's own stays.
     """
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    goes_on = getattr(sys, "ps1", None) or sys.flags.interactive or "ipykernel" in sys.modules
-    return InterruptGuard() if plain and not goes_on else contextlib.nullcontext()
+    return InterruptGuard() if plain and not _is_interactive() else contextlib.nullcontext()
 
 
 def exit_now(code: int) -> None:
@@ -169,6 +213,6 @@ def exit_now(code: int) -> None:
         if thread.name.startswith(SAVING):
             thread.join()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a handler may interrupt it
             stream.flush()
     os._exit(code)

@@ -2,6 +2,7 @@
 
 from ._checkpointer import Checkpointer
 from ._fingerprint import compute_fingerprints, format_fingerprint
+from ._host_fingerprint import fingerprint_values
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
 from ._retention import RetentionPolicy
@@ -18,6 +19,7 @@ __all__ = [
     "SavedStep",
     "compute_fingerprints",
     "export_safetensors",
+    "fingerprint_values",
     "format_fingerprint",
     "import_safetensors",
     "open_safetensors",

@@ -26,7 +26,12 @@ def step_folder(root: Path, step: int) -> Path:
 
 def list_steps(root: Path) -> tuple[int, ...]:
     """Lists the complete steps below a folder, oldest first; none if there is no such folder."""
-    names = os.listdir(root) if os.path.lexists(root) else []
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        if os.path.lexists(root):  # a link to nothing
+            raise
+        names = []
     steps = map(step_of_name, names)
     return tuple(sorted(step for step in steps if step is not None))
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ._fingerprint import (
     WORD,
     compute_fingerprints,
     fold_strides,
+    raw_array,
 )
 
 # Bytes of leaves whose fingerprints are computed in one program of a device.
@@ -64,6 +66,12 @@ def fingerprint_on_host(x: jax.Array) -> np.ndarray:
             starts = [dim.indices(n)[0] for dim, n in zip(shard.index, x.shape, strict=True)]
             sums += sum_words(np.asarray(shard.data), starts, x.shape)
     return sums
+
+
+def fingerprint_values(x: Any) -> np.ndarray:
+    """Returns the fingerprint of an array or a number that this process has in whole, u32[2]."""
+    host = np.asarray(raw_array(x) if isinstance(x, jax.Array) else x)
+    return sum_words(host, [0] * host.ndim, host.shape)
 
 
 def sum_words(values: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> np.ndarray:

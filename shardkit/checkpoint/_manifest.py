@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import check_regular
 from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import short_dtype
+from ._fingerprint import raw_array
 
 FORMAT, VERSION = "shardkit checkpoint", 2
 MANIFEST = "manifest.json"
@@ -42,6 +46,21 @@ class SavedLeaf:
     def type(self) -> str:
         """Returns `f32[1024,4096]`."""
         return f"{short_dtype(self.dtype)}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def stored(self) -> jax.ShapeDtypeStruct:
+        """Its type on disk: the words of typed keys, and other arrays unchanged.
+
+        Raises TypeError or ValueError for a dtype or generator that JAX does not have.
+        """
+        if self.key is None:
+            dtype = jnp.dtype(self.dtype)
+            if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
+                raise TypeError(f"{dtype} is not a type of arrays")
+            return jax.ShapeDtypeStruct(self.shape, dtype)
+        return jax.eval_shape(
+            lambda: raw_array(jnp.zeros(self.shape, jax.random.key(0, impl=self.key).dtype))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +114,12 @@ def read_manifest(folder: Path) -> Manifest:
         check_regular(path)
         text = path.read_bytes().decode()
         fields = json.loads(text)
+        # Each content has one rendering, so even a changed space is found.
+        unchanged = _render(fields) == text
     except (OSError, ValueError, RecursionError) as error:
         raise _make_error(path, _describe_cause(error)) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _make_error(path, f"is not a manifest of format {FORMAT!r}")
-    # Each content has one rendering, so even a changed space is found.
-    unchanged = _render(fields) == text
     saved = fields.pop("crc32", None)
     if not unchanged or saved != _crc(_render(fields)):
         raise _make_error(path, f"its checksum is not {saved}: it was changed after it was written")
@@ -145,7 +164,9 @@ def _parse(path: Path, fields: Mapping[str, Any]) -> Manifest:
         manifest = _build(Manifest, fields)
         leaves = {name: _build(SavedLeaf, leaf) for name, leaf in fields["leaves"].items()}
         files = {name: _build(SavedFile, file) for name, file in fields["files"].items()}
-    except (TypeError, AttributeError) as error:
+        for leaf in leaves.values():
+            _ = leaf.stored
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise _make_error(path, f"has fields that no save writes: {error}") from error
     sizes = [manifest.step, *(file.bytes for file in files.values())]
     sizes += [size for leaf in leaves.values() for size in leaf.shape]

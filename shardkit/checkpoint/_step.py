@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
 from ._collective_errors import collective_errors, has_several_processes
 from ._files import content_problems, listing_problems
-from ._fingerprint import format_fingerprint, raw_array
+from ._fingerprint import format_fingerprint
 from ._folders import leaf_folder, leaf_of_file
 from ._host_fingerprint import are_on_host, fingerprint_on_host, read_fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
@@ -126,7 +125,7 @@ class SavedStep:
 
         Of arrays on the host, fingerprints are computed while others are read from the disk.
         """
-        stored = {path: (_stored_type(leaf), to) for path, (leaf, to) in leaves.items()}
+        stored = {path: (leaf.stored, to) for path, (leaf, to) in leaves.items()}
         empty = {
             path: jax.make_array_from_callback(a.shape, to, np.zeros(a.shape, a.dtype).__getitem__)
             for path, (a, to) in stored.items()
@@ -171,12 +170,3 @@ class SavedStep:
     def _raise_if_damaged(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
         raise_all(CheckpointCorruptedError, headline, problems)
-
-
-def _stored_type(leaf: SavedLeaf) -> jax.ShapeDtypeStruct:
-    """Returns the type on disk: the words of typed keys, and other arrays unchanged."""
-    if not leaf.key:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-    return jax.eval_shape(
-        lambda: raw_array(jnp.zeros(leaf.shape, jax.random.key(0, impl=leaf.key).dtype))
-    )

@@ -1,6 +1,7 @@
 """`Command`: a word after `shardkit` with its options, as data; it imports nothing but argparse."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -9,6 +10,8 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from typing import Any
+
+from .._core.interrupts import active_guard
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -85,6 +88,9 @@ def import_late(module: str, name: str = "run") -> Run:
     """Returns a function of a module of this package; calling it imports the module."""
 
     def run(arguments: argparse.Namespace) -> int:
-        return getattr(importlib.import_module(module, __package__), name)(arguments)
+        guard = active_guard()
+        with guard.importing() if guard else contextlib.nullcontext():
+            imported = importlib.import_module(module, __package__)
+        return getattr(imported, name)(arguments)
 
     return run

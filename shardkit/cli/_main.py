@@ -71,7 +71,8 @@ def _format_warning(
 
 
 def _run(argv: Sequence[str] | None, guard: InterruptGuard) -> int:
-    arguments = parser().parse_args(argv)
+    with guard.importing():
+        arguments = parser().parse_args(argv)
     if argv is None:
         os.environ.update(quiet_libtpu(os.environ))
         warnings.formatwarning = _format_warning

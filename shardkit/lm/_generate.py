@@ -25,6 +25,8 @@ from ._decoder_config import DecoderConfig
 # Prompts are padded to a multiple, so that prompts of similar lengths are one program.
 _MULTIPLE = 32
 _HEADLINE = "The prompts cannot be continued."
+# Compiled programs that are kept, those that were used last.
+_KEPT = 8
 # A row has one token at a time, which no axis splits along the length.
 _WHOLE = ("length", "residual_length")
 
@@ -123,15 +125,19 @@ class Generator:
         bind = self._bind  # made here: under a mesh flax takes logical names for its axes
         layout = [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((params, given))]
         shapes = (*layout, count, stop)
-        if shapes not in self._programs:
+        program = self._programs.pop(shapes, None)  # the least recently used is first
+        if program is None:
             names = Activations(self.mesh, self._rules, ())
             run = functools.partial(_generate, bind, self.config.vocab, count, stop)
             with names.around_loss():
                 replicated = NamedSharding(self.mesh, PartitionSpec())
                 traced = jax.jit(run, out_shardings=replicated).trace(params, *given)
                 names.check(traced.jaxpr)
-                self._programs[shapes] = traced.lower().compile()
-        return self._programs[shapes]
+                program = traced.lower().compile()
+        self._programs[shapes] = program
+        if len(self._programs) > _KEPT:
+            del self._programs[next(iter(self._programs))]
+        return program
 
     def _check(self, prompts: Any, count: Any, temperature: Any, key: Any) -> None:
         options = {"count": (count, int), "temperature": (temperature, float)}

@@ -75,7 +75,7 @@ class Coordinator:
         self._failure: Failure | None = None
         self._closing = False
         end, other_end = socket.socketpair()
-        self._accept(end)
+        self._register(end)  # no stranger, however late it presents the token
         self.stream = MessageStream(other_end)  # process 0's own end of its connection
         self._thread = threading.Thread(target=self._run, name="shardkit-coordinator", daemon=True)
         self._thread.start()
@@ -102,15 +102,15 @@ class Coordinator:
 
     def _accept_stranger(self, listener: socket.socket) -> None:
         try:
-            self._accept(listener.accept()[0])
+            self._strangers[self._register(listener.accept()[0])] = time.monotonic()
+            self._turn_away(0.0, len(self._strangers) - self._count - _MOST_STRANGERS)
         except OSError:  # it has gone again, or this process has no descriptor left
             self._turn_away(0.0, len(self._strangers))
 
-    def _accept(self, connected: socket.socket) -> None:
+    def _register(self, connected: socket.socket) -> MessageStream:
         stream = MessageStream(connected, self._token, LONGEST_MESSAGE + 2**16)
         self._selector.register(stream, selectors.EVENT_READ, stream)
-        self._strangers[stream] = time.monotonic()
-        self._turn_away(0.0, len(self._strangers) - self._count - _MOST_STRANGERS)
+        return stream
 
     def _turn_away(self, older: float, most: int) -> None:
         """Closes the oldest connections that have not presented the token in so many seconds."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from .._core.errors import Problem, ProcessError, raise_all
+from .._core.interrupts import INTERRUPTED
 from ._failure import STOPPED, Failure
 from ._membership import VARIABLE, Membership
 from ._message_stream import Closed, Message, MessageStream, address_of, listen
@@ -26,6 +27,8 @@ _REPORT_DELAY = 0.3
 # Seconds from the first failure to SIGTERM and SIGKILL for processes that are still running.
 _TERMINATE, _KILL = 0.8, 1.4
 _LOOPBACK = "127.0.0.1"
+# How processes end at Ctrl-C that have nothing to save, or have not joined yet.
+_INTERRUPTED = (INTERRUPTED, -signal.SIGTERM)
 
 
 def launch(command: Sequence[str], processes: int, devices: int | None = None) -> int:
@@ -270,6 +273,8 @@ class _Supervisor:
         line = str(Failure(first.index, len(self._children), first.step, cause))
         if self._failure_line is not None and not killed:
             line = self._failure_line
+        if self._interrupted and code in _INTERRUPTED:
+            line = "Interrupted."
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
@@ -283,10 +288,15 @@ class _Supervisor:
         sys.stderr.flush()
 
     def _forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Sends SIGTERM to all processes, so that they stop cleanly; SIGKILL the second time."""
+        """Sends SIGTERM to all processes, so that they stop cleanly; SIGKILL the second time.
+
+        At Ctrl-C those that have nothing to save need not wait for their first update.
+        """
         self._signals += 1
         self._interrupted |= number == signal.SIGINT
         for child in self._children:
+            if self._interrupted:
+                child.control.send("interrupt")
             self._signal(child, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
 
     def _signal(self, child: _Child, number: signal.Signals) -> None:
@@ -300,6 +310,6 @@ class _Supervisor:
             ended_here = first < 0 and self._own_code is not None
             codes = [self._own_code if ended_here else first, *codes]
         code = next((code for code in codes if code), 0)
-        if self._interrupted and code in (0, STOPPED):
-            return 130
+        if self._interrupted and code in (0, STOPPED, *_INTERRUPTED):
+            return INTERRUPTED
         return code if code >= 0 else 128 - code

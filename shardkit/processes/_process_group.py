@@ -3,6 +3,7 @@
 import atexit
 import faulthandler
 import json
+import math
 import os
 import selectors
 import threading
@@ -13,6 +14,7 @@ from typing import Any, Self
 import jax
 
 from .._core.errors import Problem, ProcessError, format_problems
+from .._core.interrupts import INTERRUPTED
 from ._agree import differences
 from ._coordinator import LONGEST_MESSAGE, Coordinator
 from ._failure import CONNECTION_CLOSED, PEER_FAILED, STUCK, Failure, code_of
@@ -68,6 +70,7 @@ class ProcessGroup:
         self._exit_at: float | None = None
         self._exit_code = 1
         self._left = False
+        self._saved = -1.0  # the last update of which nothing has to be saved
         self._answers: dict[str, list[Any]] = {}
         self._changed = threading.Condition()
         self._stopped = threading.Event()
@@ -137,6 +140,13 @@ class ProcessGroup:
             self.leave()  # every process raises the same
             self._announce(self._describe(error), code_of(error))
             raise error
+
+    def begin(self, step: float = math.inf) -> None:
+        """Says that nothing has to be saved until an update after this one is dispatched.
+
+        Ctrl-C of `shardkit launch` then ends this process at once, also while it compiles.
+        """
+        self._saved = step
 
     def report_step(self, step: int) -> None:
         """Reports that an update was dispatched; the first one starts the step timeout."""
@@ -243,6 +253,9 @@ class ProcessGroup:
                     self._left |= message["topic"] == _LEAVE
                     self._answers[message["topic"]] = message["values"]
                     self._changed.notify_all()
+            case "interrupt" if self._step <= self._saved:
+                self._left, self._exit_code = True, INTERRUPTED  # the others end too, unnamed
+                self._exit_at = time.monotonic() + (_TICK if self.index else 4 * _TICK)
             case "end":
                 self._end(Failure(**message))
 

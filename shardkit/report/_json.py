@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -65,6 +66,8 @@ def from_json(text: str) -> ReportData:
     try:
         fields["ledger"] = {**fields["ledger"], "mesh": fields["mesh"]}
         report = _reader(ReportData)(fields)
+        if any(size < 1 for _, size in report.mesh):
+            raise ReportError(f"The mesh of this report has an axis without devices. {_FIX}")
         unknown = {axis for row in report.ledger for axis in row.axes} - {*dict(report.mesh)}
         if unknown:
             raise ReportError(f"The mesh of this report has no {', '.join(unknown)}. {_FIX}")
@@ -109,7 +112,7 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
 
 
 def _check_plain(kind: Any, value: Any) -> Any:
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
         raise _OtherTypeError
     return value
 

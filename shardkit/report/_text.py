@@ -227,16 +227,17 @@ def _flops_parts(report: ReportData) -> Iterator[_Part]:
     flops = report.flops
     if flops is None:
         return
+    total = flops.total or 1
     extra = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
     extra += f", {flops.update:.4g} by the optimizer" if flops.update else ""
     yield f"\nFLOPs per step, all devices: {_lower_bound_mark(flops)}{flops.model:.4g} model{extra}"
     rows = [
-        (scope or "(no scope)", phase, f"{number:.4g}", f"{number / flops.total:.1%}")
+        (scope or "(no scope)", phase, f"{number:.4g}", f"{number / total:.1%}")
         for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]
     ]
     yield _build_table({"scope": 48, "phase": 12, "FLOPs": 12, "share": 8}, rows)
     rows = [
-        (str(source) if source else "(no line)", f"{number:.4g}", f"{number / flops.total:.1%}")
+        (str(source) if source else "(no line)", f"{number:.4g}", f"{number / total:.1%}")
         for source, number in flops.by_source[:_SCOPES]
     ]
     if rows:  # reports of older versions have none

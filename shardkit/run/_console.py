@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
-from .._core.io._console import print_table
+from .._core.io._console import escape_controls, print_table
 from .._core.io._table import Column, Table
 from .._core.tree import format_bytes
 from ._layout_table import LayoutRow, draw_mesh, layout_rows, total_row
@@ -17,7 +17,7 @@ SIMULATED = "simulated CPU devices, not a speed claim"
 def standard_output() -> Console:
     """Returns a console as wide as its terminal, or 100 columns where the output is a file."""
     console = Console()
-    return console if console.is_terminal else Console(width=100)
+    return escape_controls(console if console.is_terminal else Console(width=100))
 
 
 def label_text(label: str, text: str) -> Text:

@@ -6,6 +6,7 @@ that a run resumes only with those that it had, or with changes that `train.resu
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Key, Params, Variables, strip_axes
 from .._core.versions import package_versions, utc_time
-from ..checkpoint import compute_fingerprints, format_fingerprint
+from ..checkpoint import compute_fingerprints, fingerprint_values, format_fingerprint
+from ..nn._manual_axis_rules import ShardMapLoss
 from ..processes import ProcessGroup
 from ..step import CompiledStep, build_objective, call_update
 from ._config import TrainConfig
@@ -89,8 +91,9 @@ def agree_on_step(
     `saved` are the facts of the checkpoint that the run resumes from, if any. Returns what the step
     was declared of, see `facts_of_step`.
     """
-    mesh, program, facts = dict(step.mesh.shape), step.program.digest, facts_of_step(step, saved)
-    process_group.agree("step", mesh=mesh, program=program, **facts)
+    mesh, facts = step.mesh, facts_of_step(step, saved)
+    placed = {"mesh": dict(mesh.shape), "devices": [device.id for device in mesh.devices.flat]}
+    process_group.agree("step", program=step.program.digest, **placed, **facts)
     return facts
 
 
@@ -100,6 +103,21 @@ def agree_on_state(process_group: ProcessGroup, state: Any) -> None:
         sums = jax.device_get(compute_fingerprints(leaves_by_path(state)))
         texts = {path: format_fingerprint(value) for path, value in sums.items()}
         process_group.agree("state", state=texts)
+
+
+def agree_on_given(process_group: ProcessGroup, given: Mapping[str, Any]) -> None:
+    """Raises ProcessError in all processes unless what a state was created of is equal.
+
+    Of a leaf that is split over processes each one reads its own shard only, so that their states
+    are equal whatever they were given. A value that no process has in whole is part of the state.
+    """
+    if process_group.count > 1:
+        texts = {
+            path: format_fingerprint(fingerprint_values(x))
+            for path, x in leaves_by_path(strip_axes(dict(given))).items()
+            if not isinstance(x, jax.Array) or x.is_fully_addressable
+        }
+        process_group.agree("given", given=texts)
 
 
 def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +138,14 @@ def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any
         **programs,
         "executable": executable,
         "precision": {k: str(v) for k, v in dataclasses.asdict(spec.precision).items()},
+        "compression": dataclasses.asdict(spec.strategy.compression)
+        if spec.strategy.compression
+        else {},
         "on_nonfinite": spec.on_nonfinite,
+        "compiler_options": {
+            "deterministic": str(spec.deterministic),
+            **{name: str(value) for name, value in spec.compiler_options.items()},
+        },
         "batch": _types(spec.batch),
         "leaves": _types(step.layout.state),
     }
@@ -129,6 +154,8 @@ def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any
 def _digest_programs(step: CompiledStep) -> dict[str, str]:
     """Traces and lowers init, loss and optimizer of a step."""
     spec, unplaced = step.spec, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    loss = spec.loss_fn
+    losses = (loss.local, loss.reference) if isinstance(loss, ShardMapLoss) else (loss,)
     state = jax.tree.map(unplaced, step.layout.state)
     trained = step.layout.partition.trained(state.params)
 
@@ -151,8 +178,9 @@ def _digest_programs(step: CompiledStep) -> dict[str, str]:
 
     return {
         "init": _digest(init, state.key),
-        "loss": _digest(
-            build_objective(spec.loss_fn), state.params, state.model_state, spec.batch, state.key
+        "loss": " ".join(
+            _digest(build_objective(loss), state.params, state.model_state, spec.batch, state.key)
+            for loss in losses
         ),
         "optimizer": f"{_digest(update, trained, state.opt_state, trained)} "
         f"{_digest(spec.optimizer.init, trained)}",
@@ -164,21 +192,24 @@ def _types(tree: Any) -> dict[str, str]:
 
 
 def _digest(function: Callable[..., Any], *args: Any) -> str:
-    """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards."""
+    """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards.
+
+    A loss of shards is that of one which has all rows: every axis that it names has size 1.
+    """
     program = jax.jit(without_constraints(function))
     try:
         text = on_any_mesh(lambda *args: program.lower(*args).as_text())(*args)
-    except StepError:
+    except (StepError, NotImplementedError, TypeError, ValueError):
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # These may change when a run resumes: newer packages, another machine, what it began with. Leaves
-# that differ are named when they are restored.
-SOFTWARE = ("versions", "environment")
-_NOT_COMPARED = (*SOFTWARE, "init", "leaves", "executable")
+# that differ are named when they are restored. The first group of software is known before a step.
+SOFTWARE = (("versions", "environment"), ("compiler_options",))
+_NOT_COMPARED = (*itertools.chain(*SOFTWARE), "init", "leaves", "executable")
 _PROGRAMS = ("loss", "optimizer")
-FACT_NAMES = ("seed", "flags", "precision", "on_nonfinite", "batch", *_PROGRAMS)
+FACT_NAMES = ("seed", "flags", "precision", "compression", "on_nonfinite", "batch", *_PROGRAMS)
 
 
 def comparable_facts(

@@ -21,7 +21,7 @@ from ..checkpoint import Checkpointer, RetentionPolicy
 from ..processes import ProcessGroup
 from ..step import CompiledStep
 from ._config import TrainConfig
-from ._facts import agree_on_state
+from ._facts import agree_on_given, agree_on_state
 from ._metrics_file import MetricsFile
 from ._metrics_rows import log_exception, write_goodput, write_start
 from ._processes import create_shared_folder, leave_together
@@ -143,7 +143,7 @@ def open_run_folder(
             state, start = _restore(checkpoints, step, config, console)
         else:
             with show_task(console, "creating the state"):
-                state, start = step.init(jax.random.key(config.seed), **given()), 0
+                state, start = _create(step, config.seed, given(), process_group), 0
         agree_on_state(process_group, state)
         spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
         after = start if resumed else None
@@ -172,6 +172,14 @@ def open_run_folder(
             waiting = time.perf_counter()
             folder.finish_saving()
             metrics.write("finished", seconds=time.perf_counter() - waiting)
+
+
+def _create(
+    step: CompiledStep, seed: int, given: Mapping[str, Any], process_group: ProcessGroup
+) -> Any:
+    state = step.init(jax.random.key(seed), **given)
+    agree_on_given(process_group, given)
+    return state
 
 
 def _is_scored(metrics: MetricsFile, step: int) -> bool:

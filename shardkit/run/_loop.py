@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .._core.errors import DataError, Problem, StepError, format_problems
+from ..processes import ProcessGroup
 from ..step import CompiledStep
 from ._clock import Clock
 from ._folder import RunFolder
@@ -42,7 +43,7 @@ class Loop:
         evaluate: Evaluate | None = None,
         tokens: int | None = None,
         metrics: Mapping[str, str] = MappingProxyType({}),
-        several: bool = False,
+        process_group: ProcessGroup,
     ) -> None:
         """Starts the clock of the first update.
 
@@ -55,8 +56,9 @@ class Loop:
         self._config, self._write = folder.config, folder.metrics.write
         self._evaluate_state = evaluate
         self._throughput = Throughput.of(step, tokens)
-        self._clock, self._stop = Clock(self._config.steps), StopRequest(several)
-        self._several = several
+        self._several = process_group.count > 1
+        self._clock, self._stop = Clock(self._config.steps), StopRequest(self._several)
+        self._process_group = process_group
 
     def run(self, state: Any) -> Any:
         """Makes all updates after `folder.start`, between the callbacks' first and last event."""
@@ -135,7 +137,7 @@ class Loop:
             if pending is not None:
                 self._report_step(*pending)
             pending = (done, metrics)
-            stopping = self._stop.is_requested()
+            stopping = self._is_stopping(done)
             saving = self._folder.is_save_due(done) or (stopping and self._folder.can_save)
             scoring = self._is_eval_due(done) and self._stop.signal is None
             if not (scoring or saving or stopping):
@@ -151,6 +153,13 @@ class Loop:
         if pending is not None:
             self._report_step(*pending)
         return state
+
+    def _is_stopping(self, done: int) -> bool:
+        """Whether to stop after this update; a process whose callbacks do not stop it is named."""
+        stopping = self._stop.is_requested()
+        if self._stop.why is not None:
+            self._process_group.gather(f"the stop after update {done}", None)
+        return stopping
 
     def _is_eval_due(self, done: int) -> bool:
         every = self._config.eval_every if self._evaluate_state else 0

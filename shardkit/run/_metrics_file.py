@@ -76,18 +76,24 @@ class MetricsFile:
             row = {"kind": kind, **values, "time": round(time.time(), 3)}
             line = json.dumps(row, allow_nan=False) + "\n"
             with self._handle_errors():
-                if not os.fstat(self._file).st_nlink:
+                if not self._is_at_path(self._file):
                     self._file = self._recover(self._file)
                 append_atomic(self._file, line)
 
+    def _is_at_path(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
     def _recover(self, deleted: int) -> int:
-        """Writes a file that was deleted during the run again, from its open descriptor."""
+        """Writes a file again that was deleted or moved during the run, from its descriptor."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         check_regular(self.path)
         append_atomic(file, os.pread(deleted, os.fstat(deleted).st_size, 0).decode())
         os.close(deleted)
-        message = f"{self.path} was deleted during the run, and is written again with every row."
+        message = f"{self.path} was deleted or moved during the run; it is written again whole."
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         return file
 

@@ -178,14 +178,15 @@ class _Settings:
         return problems
 
     def describe_software(self, saved: Manifest) -> Iterator[str]:
-        """Yields how packages and the environment differ from a checkpoint's; they may."""
+        """Yields how packages, environment and compiler differ from a checkpoint's; they may."""
         config = saved.config if isinstance(saved.config, Mapping) else {}
         facts = config.get(FACTS, {})
-        groups = [g for g in SOFTWARE if g in facts and g in self.facts]
-        changed = _compare(*({g: known[g] for g in groups} for known in (facts, self.facts)))
-        if changed:
-            texts = (f"{name} {why}" for name, why in changed.items())
-            yield f"Other software than in the checkpoint: {'; '.join(texts)}. Numbers may differ."
+        for names in SOFTWARE:
+            groups = [g for g in names if g in facts and g in self.facts]
+            changed = _compare(*({g: known[g] for g in groups} for known in (facts, self.facts)))
+            texts = "; ".join(f"{name} {why}" for name, why in changed.items())
+            if texts:
+                yield f"Other software than in the checkpoint: {texts}. Numbers may differ."
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

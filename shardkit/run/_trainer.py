@@ -178,6 +178,7 @@ class Trainer:
             self.config,
             self.process_group,
         )
+        process_group.begin()
         shared: dict[str, Any] = {"record": self.record, "process_group": process_group}
         declared = {"record": self.record, "evaluates": self.evaluate is not None}
         facts = agree_on_run(process_group, config, data=source.state(0), **declared)
@@ -211,6 +212,7 @@ class Trainer:
             given=functools.partial(self._given, step),
             **shared,
         ) as (folder, state):
+            process_group.begin(folder.start)
             show_layout(self.console, state)
             path = label_text("metrics", f" {folder.metrics.path}\n")
             self.console.print(path, soft_wrap=True)
@@ -222,7 +224,7 @@ class Trainer:
                 evaluate=self.evaluate,
                 tokens=self.tokens,
                 metrics=self.metrics,
-                several=process_group.count > 1,
+                process_group=process_group,
             )
             return loop.run(state)
 

@@ -17,6 +17,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
+from .._core.interrupts import compiling
 from .._core.settings import SETTINGS
 from .._core.source import find_user_line
 from .._core.tracing import equations
@@ -113,6 +114,7 @@ def compile_program(
         name = compute_name() if saved else ""
         found = saved.load(name, lowered) if saved else None
         with (
+            compiling(),
             copied_stderr() as messages,
             _record_cache_hits() as hits,
             _explain_unknown_options(options or {}),
@@ -146,7 +148,7 @@ def compile_program(
 
 def _print_again(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) -> str:
     """What XLA prints while it compiles, and the tables in which that numbers its lines."""
-    with _disable_cache(), copied_stderr() as printed:
+    with compiling(), _disable_cache(), copied_stderr() as printed:
         compiled = lowered.compile(compiler_options=dict(options) if options else None)
     return f"{printed.text}\n{source_tables(compiled.as_text() or '')}"
 

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
+from ..errors import printable
 from ._table import Table
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderHook
 
 
 def make_console(
@@ -17,7 +18,7 @@ def make_console(
     stderr: bool = False,
     soft_wrap: bool = False,
 ) -> "Console":
-    """Returns a console that prints text literally, not as markup or emoji.
+    """Returns a console that prints text literally, not as markup, emoji or control characters.
 
     Args:
       file: receives plain text, without colors; None for standard output or standard error.
@@ -30,17 +31,41 @@ def make_console(
     """
     from rich.console import Console
 
-    return Console(
-        file=file,
-        width=width,
-        stderr=stderr,
-        soft_wrap=soft_wrap,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        color_system=None if file else "auto",
-        legacy_windows=False if file else None,
+    return escape_controls(
+        Console(
+            file=file,
+            width=width,
+            stderr=stderr,
+            soft_wrap=soft_wrap,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            color_system=None if file else "auto",
+            legacy_windows=False if file else None,
+        )
     )
+
+
+class _Escaped:
+    """A render hook of rich that escapes control characters in text, but for tabs."""
+
+    def process_renderables(self, renderables: list[Any]) -> list[Any]:
+        from rich.text import Text
+
+        for text in renderables:
+            if isinstance(text, Text):
+                text.plain = "\t".join(map(printable, text.plain.split("\t")))
+        return renderables
+
+
+def escape_controls(console: "Console") -> "Console":
+    r"""Escapes what could command a terminal in every text that a console prints.
+
+    >>> make_console(width=40).print("step \x1b[2J 3")
+    step \x1b[2J 3
+    """
+    console.push_render_hook(cast("RenderHook", _Escaped()))
+    return console
 
 
 @contextlib.contextmanager

@@ -51,7 +51,8 @@ class RunContext:
       write: `write("spike", step=7, loss=3.1)` appends a row to `metrics.jsonl`.
       say: prints one line for the user.
       stop: `stop("why")` ends the run cleanly after the next update, with a checkpoint;
-        `Trainer.run` then returns as at the end.
+        `Trainer.run` then returns as at the end. Of several processes, all must call it for the
+        same update; one that does not is named after `start_timeout` seconds.
       is_saved: whether the checkpoint of a step is complete on the disk.
     """
 
