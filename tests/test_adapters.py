@@ -120,7 +120,7 @@ def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
     text = str(caught.value)
     assert "params/Dense_1/kernel f32[16,4]" in text
     assert "params/Dense_0/kernel" not in text
-    assert "first_match(rules, REPLICATED)" in text
+    assert "sk.first_match(strategy.params, sk.REPLICATED)" in text
 
 
 def test_batch_statistics_are_refused_per_gradient_shard(mesh):

@@ -6,7 +6,7 @@ import jax
 from jax import core
 
 from .errors import Problem, StateError, StepError, raise_all
-from .settings import SETTINGS
+from .tracing import SETTINGS
 from .tree import flatten_tree, path_str
 from .types import PyTree
 

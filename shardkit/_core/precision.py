@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import Problem, StepError, did_you_mean, raise_all
-from .settings import SETTINGS
+from .tracing import SETTINGS
 from .types import PyTree
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import random as extend_random
 
 from .errors import Problem
-from .settings import SETTINGS
+from .tracing import SETTINGS
 from .types import Key
 
 Shape = tuple[int, ...]

@@ -22,6 +22,8 @@ from jax.interpreters import ad, batching, mlir
 
 _T = TypeVar("_T", bound=Hashable)
 Fact = tuple[Hashable, ...]
+SETTINGS: Any = jax.config
+"""JAX's settings in this process, of which its stubs do not list every one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import jax
 
 from .._core.errors import MeshError, count
-from .._core.settings import SETTINGS
+from .._core.tracing import SETTINGS
 
 # Whether the number of devices of this process is final.
 _settled = False

@@ -18,15 +18,15 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.interrupts import compiling
-from .._core.settings import SETTINGS
 from .._core.source import find_user_line
-from .._core.tracing import equations
+from .._core.tracing import SETTINGS, equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ..report.hlo._source_lines import source_tables
 from ._deadlocks import check_deadlocks
 from ._fourier import check_transforms
 from ._miscompiled import OnMiscompiled, check_miscompiled
+from ._nonfinite import run_checked
 from ._ordered import check_ordered
 from ._program_cache import ProgramCache
 from ._saved_programs import SavedPrograms, name_program, save_programs
@@ -66,6 +66,10 @@ class CompiledProgram:
         program once more without the cache.
         """
         return self._read_messages()
+
+    def run(self, *args: PyTree) -> Any:
+        """Computes its results; FloatingPointError as `jax_debug_nans` and its like ask for."""
+        return run_checked(self.compiled, *args)
 
     @property
     def hlo(self) -> str:

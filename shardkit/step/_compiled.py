@@ -32,7 +32,6 @@ from ._inputs import (
     take_batch,
 )
 from ._memory_check import check_memory
-from ._nonfinite import run_checked
 from ._partial_batch import count_partial_rows, fill_batches, join_parts
 from .self_check import SelfCheck, run_self_check
 
@@ -332,7 +331,7 @@ class CompiledStep:
                 raise
             raise self._variants.explain(batch, error) from error
         try:
-            return run_checked(program.compiled, state, batch)
+            return program.run(state, batch)
         except (TypeError, ValueError) as error:
             check_untraced(error)
             check_state(state, self.layout.state, self.layout.shardings)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.errors import Problem, format_problems
-from .._core.settings import SETTINGS
+from .._core.tracing import SETTINGS
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path
 from .._core.types import PyTree, Scalar

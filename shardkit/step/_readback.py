@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .._core.errors import Problem, ShardingError, raise_all
-from .._core.settings import SETTINGS
+from .._core.tracing import SETTINGS
 from .._core.tree import leaves_by_path
 from .._core.types import PyTree
 from ._layout import StepLayout

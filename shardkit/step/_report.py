@@ -12,8 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.scope_markers import OWNED, RING_BLOCKS
-from .._core.settings import SETTINGS
-from .._core.tracing import recorded_facts
+from .._core.tracing import SETTINGS, recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
