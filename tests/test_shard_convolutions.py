@@ -166,6 +166,7 @@ def test_a_grouped_convolution_of_a_whole_batch_is_right(kind, layout):
     assert_kind_is_right(kind, layout, 2)
 
 
+@pytest.mark.slow
 def test_grouped_convolutions_in_loops_branches_and_rules_are_right():
     """Depthwise and pointwise blocks in a scan, a conditional and a `custom_vjp`."""
     depthwise = KINDS["depthwise"][3]

@@ -128,6 +128,7 @@ def test_a_bug_of_the_toolkit_is_not_called_the_users():
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_a_timeout_ends_the_child_and_what_it_started():
     seen, waited = set(), []
 

@@ -229,6 +229,7 @@ def test_a_loop_that_each_row_ends():
     assert_like_one_device(ended_by_each_row, sk.strategies.data(), {"data": 8})
 
 
+@pytest.mark.slow
 def test_an_integral_of_each_row():
     """Its steps are chosen by the size of the gradient too, so parts differ within tolerance."""
     data = sk.strategies.data()
