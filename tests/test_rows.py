@@ -37,6 +37,19 @@ TOKENS = jax.ShapeDtypeStruct((ROWS, 3), jnp.int32)
 W = {"w": jnp.ones((4, 4)), "kernel": jnp.ones((3, 3, 4, 8))}
 
 
+def compiled(loss, *, batch=X, devices=4, **options):
+    """The step of a loss of `W`, its rows over some devices."""
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: W,
+        batch=batch,
+        mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
+        strategy=sk.strategies.data(),
+        **options,
+    )
+
+
 def traced(function, batch, rows, params=W):
     """The program of `function(params, *batch, key)` on a number of rows."""
     sized = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
@@ -584,17 +597,6 @@ def heavy(x):
     ],
 )
 def test_the_fix_of_a_ratio_is_the_same_loss(ratio, tmp_path):
-    def compiled(loss, **options):
-        return sk.compile_step(
-            loss,
-            optax.sgd(0.1),
-            init=lambda key: W,
-            batch=X,
-            mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
-            strategy=sk.strategies.data(),
-            **options,
-        )
-
     source = tmp_path / "model.py"
     source.write_text(f"def loss(p, x, k):\n    return {ratio}\n")
     os.utime(source, (1e9, 1e9))  # older than this process: its lines are those that run
@@ -625,23 +627,12 @@ def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_c
     def loss(p, x, k):
         return sk.Mean((bounded(mlp(p, x)) ** 2).sum(), (x > 0).sum())
 
-    def compiled(devices=4, **options):
-        return sk.compile_step(
-            loss,
-            optax.sgd(0.1),
-            init=lambda key: W,
-            batch=X,
-            mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
-            strategy=sk.strategies.data(),
-            **options,
-        )
-
     for options in {"accumulate": 2}, {"mode": "shard_map"}, {"precision": REDUCE}:
         with pytest.raises(StepError, match="is not linear in the gradient, whose size depends"):
-            compiled(**options)
+            compiled(loss, **options)
     x = np.random.default_rng(0).normal(size=X.shape).astype("f")
     want = jax.grad(lambda p: (mean := loss(p, x, None)).total / mean.weight)(W)["w"]
-    for step in compiled(), compiled(devices=1, mode="shard_map"):
+    for step in compiled(loss), compiled(loss, devices=1, mode="shard_map"):
         got = step.gradients(step.init(jax.random.key(0)), x)[1]["w"]
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -716,15 +707,7 @@ def test_a_derivative_rule_that_parts_alone_would_take_is_refused():
         return jnp.mean((y if len(x) == ROWS else clipped(y)) ** 2)
 
     with pytest.raises(StepError, match="changes with the number of rows"):
-        sk.compile_step(
-            loss,
-            optax.sgd(0.1),
-            init=lambda key: W,
-            batch=X,
-            mesh=sk.MeshSpec(data=1).build(devices=jax.devices()[:1]),
-            strategy=sk.strategies.data(),
-            accumulate=2,
-        )
+        compiled(loss, devices=1, accumulate=2)
 
 
 @pytest.mark.parametrize("order", [None, [(0, 1), (0, 1)]])
@@ -785,15 +768,7 @@ BY_SIZE = {
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
     with pytest.raises(StepError, match="The rows of the batch cannot be split"):
-        sk.compile_step(
-            BY_SIZE[name],
-            optax.sgd(0.1),
-            init=lambda key: W,
-            batch=jax.ShapeDtypeStruct((32, 4), jnp.float32),
-            mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
-            strategy=sk.strategies.data(),
-            **options,
-        )
+        compiled(BY_SIZE[name], batch=jax.ShapeDtypeStruct((32, 4), jnp.float32), **options)
 
 
 def counted_in_a_loop(p, x, k):
@@ -881,15 +856,7 @@ REFUSED = {
 def test_what_parts_or_means_would_change_in_silence_is_refused(name):
     loss, why = REFUSED[name]
     with pytest.raises(StepError, match=why):
-        sk.compile_step(
-            loss,
-            optax.sgd(0.1),
-            init=lambda key: W,
-            batch=jax.ShapeDtypeStruct((2, 4), jnp.float32),
-            mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
-            strategy=sk.strategies.data(),
-            mode="shard_map",
-        )
+        compiled(loss, batch=jax.ShapeDtypeStruct((2, 4), jnp.float32), devices=2, mode="shard_map")
 
 
 def attended(p, x, k):
@@ -901,15 +868,7 @@ def attended(p, x, k):
 
 def test_products_of_a_part_of_one_row_are_no_squeeze():
     x = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
-    step = sk.compile_step(
-        attended,
-        optax.sgd(0.1),
-        init=lambda key: W,
-        batch=x,
-        mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
-        strategy=sk.strategies.data(),
-        mode="shard_map",
-    )
+    step = compiled(attended, batch=x, devices=2, mode="shard_map")
     _, got = step.gradients(step.init(jax.random.key(0)), x)
     np.testing.assert_allclose(
         got["w"], jax.grad(lambda p: attended(p, x, None))(W)["w"], rtol=1e-5, atol=1e-6
@@ -922,15 +881,7 @@ def test_a_weight_whose_gradient_is_stopped_is_a_weight():
         return sk.Mean(jnp.sum(errors(p, x) * weight), jnp.sum(weight))
 
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("f")
-    step = sk.compile_step(
-        loss,
-        optax.sgd(0.1),
-        init=lambda key: W,
-        batch=x,
-        mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
-        strategy=sk.strategies.data(),
-        accumulate=2,
-    )
+    step = compiled(loss, batch=x, devices=2, accumulate=2)
     _, got = step.gradients(step.init(jax.random.key(0)), x)
     want = jax.grad(lambda p: of_mean(loss(p, jnp.asarray(x), None)))(W)
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
