@@ -220,3 +220,14 @@ def test_without_jit_a_step_is_refused():
             with pytest.raises(sk.errors.StepError, match="jax_disable_jit  is set") as raised:
                 call()
             assert "with jax.disable_jit(False)" in str(raised.value)
+
+
+def test_a_setting_that_changes_the_arguments_of_executables_is_refused():
+    setting = "jax_use_simplified_jaxpr_constants"
+    jax.config.update(setting, True)
+    try:
+        with pytest.raises(sk.errors.StepError, match=f"{setting}  is set") as raised:
+            compiled(data(), "apply", data=8)
+        assert f"jax.config.update('{setting}', False)" in str(raised.value)
+    finally:
+        jax.config.update(setting, False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
+from .._core.tracing import SETTINGS
 from ..mesh import MeshSpec
 from ..nn._manual_axis_rules import ShardMapLoss
 from ..nn._overridable import Override
@@ -41,11 +42,12 @@ class BoundSpec:
 
         Raises:
           StepError: the mesh is not built, has a Manual axis, or lacks the axis of the gradient
-            compression; or an override of the strategy does not work with the other options.
+            compression; an override of the strategy does not work with the other options; or a
+            setting of JAX changes what executables take.
         """
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))
-        problems = [*_axis_problems(self.mesh), *self._compression_problems()]
+        problems = [*_axis_problems(self.mesh), *self._compression_problems(), *_setting_problems()]
         raise_all(StepError, headline, [*problems, *self._incompatibilities()])
         types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         explicit = tuple(name for name, kind in types.items() if kind == AxisType.Explicit)
@@ -119,3 +121,11 @@ def _axis_problems(mesh: Mesh) -> Iterator[Problem]:
             why = f"is of type {kind.name}; the partitioner needs Auto axes"
             fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
             yield Problem(f"mesh axis {name!r}", why, fix)
+
+
+def _setting_problems() -> Iterator[Problem]:
+    """Settings of JAX with which an executable has other arguments than (state, batch)."""
+    name = "jax_use_simplified_jaxpr_constants"
+    if getattr(SETTINGS, name, False):
+        why = "is set: arrays that the loss closes over become arguments of the executable"
+        yield Problem(name, why, f"jax.config.update({name!r}, False)")
