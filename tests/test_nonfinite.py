@@ -227,7 +227,7 @@ def test_a_setting_that_changes_the_arguments_of_executables_is_refused():
     jax.config.update(setting, True)
     try:
         with pytest.raises(sk.errors.StepError, match=f"{setting}  is set") as raised:
-            compiled(data(), "apply", data=8)
+            compiled.__wrapped__(data(), "apply", data=8)
         assert f"jax.config.update('{setting}', False)" in str(raised.value)
     finally:
         jax.config.update(setting, False)
