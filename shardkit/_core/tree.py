@@ -80,13 +80,18 @@ def path_to_glob(path: str) -> str:
     return path or "**"
 
 
-def ends_path(path: str, end: str) -> bool:
-    """Whether a path ends in the segments of another; every path ends in the empty one.
+def path_ends(path: str) -> Iterator[str]:
+    """Yields a path, what is left of it without its first keys, and the empty path.
 
-    >>> ends_path("0/mu/up", "up"), ends_path("0/mu/warmup", "up"), ends_path("0/mu", "")
-    (True, False, True)
+    Optimizer state belongs to the parameter at the first of these that is one.
+
+    >>> list(path_ends("0/mu/up"))
+    ['0/mu/up', 'mu/up', 'up', '']
     """
-    return not end or f"/{path}".endswith(f"/{end}")
+    while path:
+        yield path
+        path = path.partition("/")[2]
+    yield ""
 
 
 def leaves_by_path(

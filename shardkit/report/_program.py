@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from jax.extend.core import ClosedJaxpr
 
-from .._core.tree import ends_path
+from .._core.tree import path_ends
 from ._placed_leaf import PlacedLeaf
 from ._saved import TickTable
 from .communication._ends import add_ends
@@ -258,15 +258,25 @@ class Program:
 
     def own_layouts(self, axes: Collection[str]) -> list[PlacedLeaf]:
         """Optimizer state that a rule of its own lays out unlike its parameter, over some axes."""
-        params = [leaf for leaf in self.leaves if leaf.part == "params"]
         return [
             leaf
-            for leaf in self.leaves
-            for own in params
-            if leaf.part == "opt_state" and ends_path(leaf.leaf.path, own.leaf.path)
-            if leaf.leaf.shape == own.leaf.shape and leaf.dims() != own.dims()
-            if {*axes} & {*leaf.axes(), *own.axes()}
+            for leaf, own in self.moments.items()
+            if leaf.dims() != own.dims() and {*axes} & {*leaf.axes(), *own.axes()}
         ]
+
+    @functools.cached_property
+    def moments(self) -> dict[PlacedLeaf, PlacedLeaf]:
+        """Leaves of the optimizer state → the parameter of their shape that they belong to."""
+        params = {
+            (leaf.leaf.path, leaf.leaf.shape): leaf for leaf in self.leaves if leaf.part == "params"
+        }
+        owners = {
+            leaf: [params.get((end, leaf.leaf.shape)) for end in path_ends(leaf.leaf.path)]
+            for leaf in self.leaves
+            if leaf.part == "opt_state"
+        }
+        first = {leaf: next(filter(None, found), None) for leaf, found in owners.items()}
+        return {leaf: own for leaf, own in first.items() if own is not None}
 
     @functools.cached_property
     def module(self) -> Module:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from .._core.scope_markers import OWNED, RING_BLOCKS
 from .._core.tracing import SETTINGS, recorded_facts
-from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
+from .._core.tree import Leaf, list_leaves, path_ends, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
 from ..report import (
@@ -110,10 +110,9 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]
     params |= {f.path: f"REPLICATED, or split like {f.of}" for f in bound.spec.follows}
     moments = _deciding_rules(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
-        leaf.path: rule
+        leaf.path: next((params[end] for end in path_ends(leaf.path) if end in params), "")
         for leaf in list_leaves(state.opt_state)
-        for path, rule in sorted(params.items(), key=lambda one: len(one[0]))
-        if leaf.path not in moments and ends_path(leaf.path, path)
+        if leaf.path not in moments
     }
     model_state = _deciding_rules(strategy.model_state, list_leaves(state.model_state), bound)
     parts = (
@@ -145,13 +144,17 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]
 
 def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of optimizer state: those of the parameter with its shape and path suffix."""
-    parameters = list_leaves(layout.state.params, layout.axes)
-    return {
-        leaf.path: own.axes
-        for own in sorted(parameters, key=lambda own: len(own.path))
-        for leaf in list_leaves(layout.state.opt_state)
-        if own.axes and own.shape == leaf.shape and ends_path(leaf.path, own.path)
+    params = list_leaves(layout.state.params, layout.axes)
+    named = {(leaf.path, leaf.shape): leaf.axes for leaf in params if leaf.axes}
+    found = {
+        moment.path: [
+            named[end, moment.shape]
+            for end in path_ends(moment.path)
+            if (end, moment.shape) in named
+        ]
+        for moment in list_leaves(layout.state.opt_state)
     }
+    return {path: axes[0] for path, axes in found.items() if axes}
 
 
 def _deciding_rules(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from ..._core.tree import ends_path, format_bytes
+from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..hlo._scope import scope_of
@@ -105,15 +105,9 @@ def replicated_optimizer_state(program: Program) -> Iterator[Finding]:
 
 def _unsplit_moments(program: Program) -> Iterator[Finding]:
     """Optimizer state that is whole over an axis which splits its parameter."""
-    params = {leaf.leaf.path: leaf for leaf in program.leaves if _is_param(leaf)}
-    for leaf in program.leaves:
-        own = [
-            one
-            for path, one in params.items()
-            if ends_path(leaf.leaf.path, path) and one.leaf.shape == leaf.leaf.shape
-        ]
-        axes = [axis for axis in own[0].axes() if axis not in leaf.axes()] if own else []
-        if leaf.part == "opt_state" and axes:
+    for leaf, own in program.moments.items():
+        axes = [axis for axis in own.axes() if axis not in leaf.axes()]
+        if axes:
             ways = math.prod(program.sizes[axis] for axis in axes)
             size = leaf.device_bytes(program.sizes)
             yield Finding(
@@ -121,7 +115,7 @@ def _unsplit_moments(program: Program) -> Iterator[Finding]:
                 leaf=leaf.name,
                 axes=tuple(axes),
                 bytes=size * (ways - 1) // ways,
-                why=f"{', '.join(axes)} splits {own[0].name} and not {leaf.leaf}, so that the "
+                why=f"{', '.join(axes)} splits {own.name} and not {leaf.leaf}, so that the "
                 "update gathers what it computes of it",
                 fix="no opt_state= for it: optimizer state follows its parameter",
             )

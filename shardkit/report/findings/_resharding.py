@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-from ..._core.tree import ends_path
 from .._program import Program
 from ..communication._ledger import LedgerRow
 from ..hlo._hlo import parse_shapes
@@ -58,12 +57,9 @@ def _suggest_layout_of_param(rows: Sequence[LedgerRow], program: Program) -> str
     if any(row.phase != "update" for row in rows):
         return ""
     axes = {axis for row in rows for axis in row.axes}
-    params = {leaf.leaf.path: leaf for leaf in program.leaves if leaf.part == "params"}
     specs = {
-        leaf.leaf.path: format_spec(params[path].dims())
+        leaf.leaf.path: format_spec(program.moments[leaf].dims())
         for leaf in program.own_layouts(axes)
-        for path in params
-        if ends_path(leaf.leaf.path, path)
     }
     listed = ", ".join(f'"{path}": {spec}' for path, spec in specs.items())
     rule = f"sk.first_match(sk.PathRules({{{listed}}}), strategy.opt_state)"

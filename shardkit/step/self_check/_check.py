@@ -12,7 +12,7 @@ import numpy as np
 from ..._core.draws import list_draws
 from ..._core.tracing import equations
 from ..._core.train_state import TrainState
-from ..._core.tree import ends_path, list_leaves
+from ..._core.tree import list_leaves, path_ends
 from ..._core.types import Batch, Loss, Params
 from .._ambient import no_ambient_mesh
 from ..optim._extra_args import LossAskedError
@@ -233,11 +233,8 @@ def _floors(sizes: np.ndarray, paths: tuple[str, ...], params: tuple[str, ...]) 
     `opt_state/0/mu/up/kernel` is of the tree `opt_state/0/mu`, as is every leaf that ends in the
     path of a parameter.
     """
-    tails = [path.partition("/")[2] for path in params]
-    trees = []
-    for path in paths:
-        tail = max((t for t in tails if t and ends_path(path, t)), key=len, default="")
-        trees.append(path.removesuffix(tail))
+    ends = {path.partition("/")[2] for path in params}
+    trees = [p.removesuffix(next((e for e in path_ends(p) if e in ends), "")) for p in paths]
     largest = {
         tree: max(s for s, t in zip(sizes, trees, strict=True) if t == tree) for tree in trees
     }
