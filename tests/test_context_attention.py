@@ -127,7 +127,7 @@ def test_blocks_that_a_window_does_not_reach_are_not_sent(name):
 
 @pytest.mark.parametrize(
     ("window", "blocks"),
-    some_quick([(1, 0), (5, 1), (6, 2), (10, 3), (None, 3)], (6, 2), (None, 3)),
+    some_quick([(1, 0), (5, 1), (6, 2), (10, 3), (None, 3)], (6, 2)),
 )
 def test_the_ledger_has_the_blocks_of_the_window_and_so_has_the_minimum(window, blocks):
     """Rows of 16 tokens over four devices: a window of 10 reaches all other blocks."""

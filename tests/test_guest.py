@@ -149,7 +149,7 @@ def libtpu_environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["hardware", "v5p", "--measure"], "measured"),
+        pytest.param(["hardware", "v5p", "--measure"], "measured", marks=pytest.mark.slow),
         pytest.param(
             ["verify", "--mesh", "data=1,tensor=1", "--steps=1", "--set=devices=local"],
             "equals one device",

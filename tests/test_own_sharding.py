@@ -87,13 +87,10 @@ TABLE = [
     if not (form.startswith("shard_map") and mode not in ("plain", "remat"))
 ]
 QUICK = [
-    ("spec", "plain"),
     ("spec", "accumulate"),
     ("named", "reduce"),
-    ("scan", "accumulate, remat"),
     ("derivative rule", "accumulate"),
     ("linen", "accumulate"),
-    ("linen, boxed", "remat"),
     ("nnx", "plain"),
     ("shard_map", "plain"),
 ]

@@ -16,9 +16,10 @@ CASES = _parity.CASES
 # Both modes, on one reference. Smaller models compare the other kinds of parallelism with one
 # device in README's command: test_accumulate (data), test_zero (the split optimizer),
 # test_pipeline (a scalar loss), test_expert_parallel (a layer of experts).
-QUICK = ("shard_map fsdp", "ring fsdp sequence")
+QUICK = ("shard_map fsdp",)
 # Each kind of parallelism once, most of them with others; the modes; bf16, several micro-batches.
 SLOW = (
+    "ring fsdp sequence",
     *("data ×2 bf16", "shard_map data", "zero1 tensor", "zero2 fsdp", "hsdp", "fsdp kept"),
     *("shard_map fsdp sequence ×2", "shard_map all bf16", "experts", "zero bubble fsdp"),
     *("pipeline tensor all_to_all", "pipeline experts sequence"),

@@ -24,6 +24,8 @@ from shardkit.parity._layout import find_misplaced_leaves, resolve_declared_spec
 from shardkit.report import compare
 from shardkit.run.guards import write_dump
 
+from ._quick import some_quick
+
 RNG, NUMBERS = np.random.default_rng(0), itertools.count()
 X = RNG.standard_normal((8, 4)).astype(np.float32)
 
@@ -118,12 +120,24 @@ PLACES += [
 ]
 
 
+# One of each kind of difference; the others are found by the same code.
+QUICK = {
+    *(("bare array", where) for where in ("params", "batch")),
+    *((name, "params") for name in ("None leaves", "keys with slashes", "empty keys")),
+    *(("named tuple", "model_state"), ("empty subtrees", "params"), ("integer keys", "params")),
+}
+
+
 @functools.cache
 def step_of(name, where="params", devices=2):
     return compiled(TREES[name], mesh_of(devices), where=where)
 
 
-@pytest.fixture(params=PLACES, ids=lambda one: f"{one[0]} as {one[1]}", scope="module")
+@pytest.fixture(
+    params=[pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in PLACES],
+    ids=[f"{name} as {where}" for name, where in PLACES],
+    scope="module",
+)
 def case(request):
     """A compiled step, one of whose trees is of a kind, and its batch."""
     name, where = request.param
@@ -202,15 +216,8 @@ def test_a_dump_is_replayed(case, tmp_path):
     assert all(leaf in str(found) for leaf in list(found.batch)[:1])
 
 
-VERIFIED_FIRST = ("bare array", "None leaves", "keys with slashes", "empty keys")
-
-
 @pytest.mark.parametrize(
-    ("name", "where"),
-    [
-        pytest.param(*one, marks=[] if one[0] in VERIFIED_FIRST else pytest.mark.slow)
-        for one in PLACES
-    ],
+    ("name", "where"), some_quick(PLACES, ("bare array", "params"), ("empty keys", "params"))
 )
 def test_verify_proves_every_leaf(name, where):
     def factory(mesh):

@@ -95,7 +95,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", some_quick(STRATEGIES, "fsdp, context, tensor"))
+@pytest.mark.parametrize("name", some_quick(STRATEGIES, "all-to-all, tensor"))
 def test_a_model_with_other_names_gives_the_numbers_of_one_device(name):
     strategy, sizes = STRATEGIES[name]
     mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: int(np.prod(list(sizes.values())))])

@@ -92,7 +92,7 @@ def _square_products(order):
     ("make", "order"),
     [
         (_square_products, ("data", "fsdp", "tensor")),
-        (_square_products, ("fsdp", "data", "tensor")),
+        pytest.param(_square_products, ("fsdp", "data", "tensor"), marks=pytest.mark.slow),
     ],
     ids=["data-fsdp-tensor", "fsdp-data-tensor"],
 )
@@ -168,7 +168,10 @@ def test_the_error_names_leaf_numbers_and_fix():
     [
         {"loss_fn": dropout_loss, "accumulate": 2},
         {"loss_fn": dropout_loss, "mode": "shard_map", "accumulate": 2, "strategy": SPLIT_ROWS},
-        {"loss_fn": dropout_loss, "accumulate": sk.Accumulate(2, "every")},
+        pytest.param(
+            {"loss_fn": dropout_loss, "accumulate": sk.Accumulate(2, "every")},
+            marks=pytest.mark.slow,
+        ),
         {"precision": "bfloat16"},
         {"precision": "pure_bfloat16"},
     ],

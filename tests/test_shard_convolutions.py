@@ -143,9 +143,9 @@ def assert_kind_is_right(kind, layout, per_device, **options):
     [
         ("1 x 1", "data", 2, ACCUMULATE),  # wrong by vmap for any number of rows
         ("3 x 3", "data|fsdp", 1, ACCUMULATE),  # these for one row on each device
-        ("1 dim", "data|tensor", 1, ACCUMULATE),
+        pytest.param("1 dim", "data|tensor", 1, ACCUMULATE, marks=pytest.mark.slow),
         ("grouped 1 x 1", "data|tensor", 1, REDUCE),
-        ("grouped, inputs split", "data|tensor", 2, ACCUMULATE),
+        pytest.param("grouped, inputs split", "data|tensor", 2, ACCUMULATE, marks=pytest.mark.slow),
         ("transposed", "data", 1, ACCUMULATE),
     ],
 )

@@ -46,10 +46,8 @@ SLICE = (
     ("two towers", Cell("data", True, "float32", "auto"), "dot_general multiplies rows"),
     ("haiku by hand", Cell("data", False, "float32", "shard_map"), "divides by a sum over rows"),
     ("mamba", Cell("tensor", True, "float32", "auto"), "right"),
-    ("nnx lora", Cell("tensor", False, "float32", "auto"), "right"),
     # One head of keys on each device: nothing is lost, though dims of one element merge.
     ("gemma", Cell("tensor", False, "float32", "auto"), "right"),
-    ("hugging face", Cell("data", True, "float32", "auto"), "right"),
 )
 
 

@@ -189,8 +189,12 @@ MARKS = {
 FORMS_OF_ONE = [(form, remat) for form in ("jit", "scan") for remat in ("none", "full")]
 FORMS_OF_ONE += [("remat", "save:mix"), ("remat", "full")]
 # The others take as long as they are many, and find no more.
-QUICK = {(name, "jit", "none") for name in MARKS}
-QUICK |= {(name, "scan", "full") for name in ("all_to_all", "weight", "remat", "remat on shards")}
+QUICK = {(name, "jit", "none") for name in MARKS if name not in ("all_to_all", "experts")}
+QUICK |= {
+    ("experts", "scan", "none"),
+    ("weight", "scan", "full"),
+    ("remat on shards", "scan", "full"),
+}
 
 
 def all_cases():

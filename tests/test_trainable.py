@@ -1,6 +1,7 @@
 """Frozen parameters: laid out like the others, without gradient, moments, reduction or update."""
 
 import dataclasses
+import itertools
 
 import equinox as eqx
 import flax.linen as nn
@@ -13,6 +14,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+
+from ._quick import some_quick
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 64)).astype("f")
@@ -100,18 +103,7 @@ def check_step(step):
 
 @pytest.mark.parametrize(
     ("mesh", "options"),
-    [
-        ("fsdp", "plain"),
-        ("fsdp", "shard_map"),
-        ("data", "accumulate"),
-        *[
-            pytest.param(mesh, options, marks=pytest.mark.slow)
-            for mesh in MESHES
-            for options in OPTIONS
-            if (mesh, options)
-            not in {("fsdp", "plain"), ("fsdp", "shard_map"), ("data", "accumulate")}
-        ],
-    ],
+    some_quick(itertools.product(MESHES, OPTIONS), ("fsdp", "shard_map"), ("data", "accumulate")),
 )
 def test_frozen_parameters_equal_plain_jax_and_are_never_reduced(mesh, options):
     if options.startswith("shard_map") and mesh == "tensor":

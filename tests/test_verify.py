@@ -244,6 +244,7 @@ def centred(extra=0.0):
     )
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_zero_up_to_rounding_is_held_to_its_own_noise():
     verify(centred(), [MeshSpec(data=4)]).check()
 
