@@ -259,11 +259,17 @@ def own(chosen):
 
 def test_an_optimizer_of_ones_own_stays_as_it_is_unless_owners_are_declared():
     optimizer = own(lambda g: jnp.einsum("lij,lkj,lkm->lim", g, g, g))
-    spec = spec_of(SQUARE, optimizer, fsdp(min_size=0))
+    spec = spec_of(LAYERS, optimizer, fsdp(min_size=0))
     step = spec.compile(mesh_of(fsdp=2))
     check_numbers(spec, step)
-    assert not moves(step.report())
-    assert moves(step.replace(owners=True).report())
+    report = step.report(try_fixes=True)
+    assert not moves(report)
+    (found,) = [one for one in report.findings if one.kind == "optimizer_collective"]
+    assert found.fix.startswith("StepSpec(owners=True), which moves each matrix whole")
+    owned = step.replace(owners=True).report()
+    assert moves(owned)
+    assert found.remaining == owned.ledger.total() < report.ledger.total()
+    assert "optimizer_collective" not in {one.kind for one in owned.findings}
 
 
 def test_owners_leave_the_types_of_an_element_wise_optimizer():

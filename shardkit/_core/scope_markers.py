@@ -23,6 +23,9 @@ MATRIX_OWNERS = "matrix_owners"
 OWNED = "owned"
 """Kind of the fact `(mesh axis, bytes), …`: the fewest that one device sends for its matrices."""
 
+UNDIVIDED = "undivided"
+"""Kind of a fact without a value: products of an optimizer of the user's own have no owners."""
+
 RING_BLOCKS = "ring_blocks"
 """Kind of the fact `number`: blocks of keys and values that a ring sends to a device."""
 

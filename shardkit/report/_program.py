@@ -131,6 +131,7 @@ class Declarations:
       row_axes: mesh axes that split the dims of the batch that count rows.
       owned: `(mesh axis, bytes)`: the fewest that one device sends over the axis to move matrices
         that the optimizer multiplies to their owners and back.
+      undivided: the optimizer multiplies matrices that `StepSpec(owners=True)` might divide.
       governing: the constraints of the traced step, with the lines whose layout they decide.
       odd: declarations that all others disagree with.
       idle_options: options that change nothing: why, and what to change.
@@ -150,6 +151,7 @@ class Declarations:
     activation_axes: tuple[str, ...] = ()
     row_axes: tuple[str, ...] = ()
     owned: tuple[tuple[str, float], ...] = ()
+    undivided: bool = False
     governing: tuple[GoverningConstraint, ...] = ()
     odd: tuple[OddDeclaration, ...] = ()
     idle_options: tuple[tuple[str, str], ...] = ()

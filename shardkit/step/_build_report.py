@@ -44,6 +44,7 @@ _WORDS = {
     AGREE: "with this layout",
     "shard_map": 'with mode="shard_map"',
     "end": 'with reduce="end"',
+    "owners": "with owners=True",
 }
 
 
@@ -125,6 +126,8 @@ def _change(
     spec = bound.spec
     if alternative == "shard_map":
         return spec.replace(mode="shard_map")
+    if alternative == "owners":
+        return spec.replace(owners=True)
     if alternative == "end":
         return spec.replace(accumulate=Accumulate(spec.accumulate.micro_batches, reduce="end"))
     loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)

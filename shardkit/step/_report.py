@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.scope_markers import OWNED, RING_BLOCKS
+from .._core.scope_markers import OWNED, RING_BLOCKS, UNDIVIDED
 from .._core.tracing import SETTINGS, recorded_facts
 from .._core.tree import Leaf, list_leaves, path_ends, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
@@ -195,6 +195,7 @@ def _build_declared(
         ),
         activation_axes=_activation_axes(bound),
         row_axes=layout.row_axes,
+        undivided=bool(recorded_facts(jaxpr.jaxpr, UNDIVIDED)),
         owned=cast(tuple[tuple[str, float], ...], tuple(*recorded_facts(jaxpr.jaxpr, OWNED))),
         governing=tuple(governing),
         odd=tuple(odd),

@@ -28,7 +28,7 @@ class Finding:
       rows: the collectives that send these bytes, as indices into `report.ledger`.
       alternatives: what `step.report(try_fixes=True)` compiles: `"constrain"` (the rows of what
         `source` computes), `"agree"` (the layout that all other declarations have), `"shard_map"`
-        (the mode) or `"end"` (one reduction per step).
+        (the mode), `"end"` (one reduction per step) or `"owners"` (matrices of the optimizer).
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 

@@ -173,6 +173,9 @@ def _optimizer_collective(program: Program) -> Iterator[Finding]:
     over = {axis for row in rows for axis in row.axes}
     axes = tuple(axis for axis in program.sizes if axis in over)
     names = ", ".join(axes)
+    undivided = program.declared.undivided
+    fix = "an element-wise optimizer (optax.adamw), which sends none of it, or params rules that "
+    fix += f"do not split over {names} the matrices that it multiplies"
     yield Finding(
         "optimizer_collective",
         scope="update",
@@ -182,9 +185,13 @@ def _optimizer_collective(program: Program) -> Iterator[Finding]:
         why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())}: the optimizer "
         f"multiplies or sums over dims that {names} {'split' if len(axes) > 1 else 'splits'}, "
         "as muon does with matrices",
-        fix="an element-wise optimizer (optax.adamw), which sends none of it, or params rules that "
-        f"do not split over {names} the matrices that it multiplies",
+        fix=f"{_OWNERS}; or {fix}" if undivided else fix,
+        alternatives=("owners",) if undivided else (),
     )
+
+
+_OWNERS = "StepSpec(owners=True), which moves each matrix whole to one device and back, if the "
+_OWNERS += "optimizer does with one matrix what it does with several"
 
 
 _SEARCHES: dict[str, Callable[[Program], Iterator[Finding]]] = {

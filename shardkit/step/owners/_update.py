@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..._core.equations import is_written_in
 from ..._core.rewriting import inline_calls
-from ..._core.scope_markers import OWNED
+from ..._core.scope_markers import OWNED, UNDIVIDED
 from ..._core.tracing import equations, record_fact
 from ..._core.types import Params, PyTree
 from ...rules import axes_of
@@ -53,14 +53,18 @@ def update_by_owners(
     except LossAskedError:  # its products are not those of an update
         return None
     program, groups = raw, []
-    if has_products(raw.jaxpr) and (declared or _is_of_optax(raw.jaxpr)):
+    multiplies = has_products(raw.jaxpr)
+    divides = multiplies and (declared or _is_of_optax(raw.jaxpr))
+    if divides:
         program, retrace = inline_calls(raw), Retrace(update, optimizer.init, shapes, mesh)
         with contextlib.suppress(RetraceError):
             groups = find_groups(program, retrace.find_parts(program), specs, retrace)
             groups = groups if _can_be_apart(program.jaxpr, groups) else []
     if not groups:  # the trace is there: tracing the optimizer once more would take longer
         results = core.jaxpr_as_fun(raw)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(out), results)
+        updates, opt_state = jax.tree.unflatten(jax.tree.structure(out), results)
+        undivided = multiplies and not divides
+        return record_fact(updates, UNDIVIDED) if undivided else updates, opt_state
     results = _run(program, groups, mesh, jax.tree.leaves(args))
     updates, opt_state = jax.tree.unflatten(jax.tree.structure(out), results)
     return record_fact(updates, OWNED, *count_bytes(groups, mesh.shape)), opt_state
