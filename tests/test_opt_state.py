@@ -258,6 +258,50 @@ def test_a_leaf_that_no_parameter_explains_is_an_error_that_names_the_declaratio
     assert 'Strategy(opt_state=sk.PathRules({"flat": sk.REPLICATED}))' in text
 
 
+def statistics(dims):
+    """Keeps a square matrix for each dim of each parameter, as shampoo does."""
+
+    def start(params):
+        shapes = [x.shape for x in jax.tree.leaves(params)]
+        return {"of": [[jnp.zeros((dims + n, dims + n)) for n in shape] for shape in shapes]}
+
+    return optax.GradientTransformation(start, lambda grads, state, params=None: (grads, state))
+
+
+def test_the_declaration_that_the_error_spells_is_one_that_works(mesh):
+    chained = optax.chain(statistics(40), flat(1024), optax.adam(1e-3))
+    declared = dataclasses.replace(STRATEGY, opt_state=sk.PathRules({"1/flat": P("data")}))
+    for strategy in (STRATEGY, declared):
+        with pytest.raises(sk.errors.ShardingError) as caught:
+            layout_of(chained, mesh, strategy=strategy)
+        fix = str(caught.value).partition("Fix: ")[2].partition(", or a spec for each")[0]
+        names = {"sk": sk, "strategy": strategy}
+        if fix.startswith("opt_state="):
+            right = dataclasses.replace(strategy, opt_state=eval(fix.partition("=")[2], names))
+        else:
+            right = eval(fix, names)
+        found = opt_specs(chained, mesh, strategy=right)
+        assert found["0/of/1/1"] == P()
+        assert found["1/flat"] == (P("data") if strategy is declared else P())
+        assert found["2/0/mu/up/kernel"] == P("data", "tensor")
+
+
+def test_model_state_that_no_rule_decides_is_declared_by_its_own_rule(mesh):
+    strategy = dataclasses.replace(
+        STRATEGY, model_state=sk.PathRules({"mean": P()}, allow_unmatched=True)
+    )
+    with pytest.raises(sk.errors.ShardingError) as caught:
+        layout_of(
+            optax.sgd(0.1),
+            mesh,
+            lambda key: sk.Variables(init(key), {"var": jnp.ones((16, 8))}),
+            strategy,
+        )
+    assert "Fix: model_state=sk.first_match(strategy.model_state, sk.REPLICATED)" in str(
+        caught.value
+    )
+
+
 def test_the_declared_rule_decides_first_and_what_it_passes_follows(mesh):
     rules = sk.PathRules({"0/flat": P("data")})
     chained = optax.chain(flat(1024), optax.adam(1e-3))

@@ -1,14 +1,15 @@
 """Gives every leaf its spec, or lists everything that is wrong in all of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
-from .._core.tree import Leaf
+from .._core.tree import Leaf, path_to_glob
 from .._core.types import Follows
 from ._check import check_spec, share_fixes
+from ._path import matches
 from ._rule import Decided, Entry, Passed, Refused, Rule, list_rules
 from ._specs import (
     HasShape,
@@ -23,6 +24,13 @@ from ._specs import (
 @dataclasses.dataclass(frozen=True)
 class Unmatched(Problem):
     """An entry of a rule that matches no leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Undecided(Problem):
+    """A leaf, at `path`, that no rule decides."""
+
+    path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +66,39 @@ def place_leaf(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
 def _refuse_undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
     tried = [f"{p.why}, {p.nearest}" if p.nearest else p.why for p in passed]
     why = f"no rule decides it ({'; '.join(tried)})" if tried else "there are no rules"
-    fix = "params=sk.first_match(strategy.params, sk.REPLICATED) replicates what no rule decides"
-    fix += "; or add a rule for each"
     reasons = tuple(p.why for p in passed)
-    return Placement(leaf, None, passed=reasons, problems=(Problem(str(leaf), why, fix),))
+    problem = Undecided(str(leaf), why, path=leaf.path)
+    return Placement(leaf, None, passed=reasons, problems=(problem,))
+
+
+def _decide_rest(
+    problems: Sequence[Problem], field: str, rule: Rule, leaves: Sequence[Leaf]
+) -> list[Problem]:
+    """Gives the leaves that no rule decides one fix for all of them."""
+    paths = {p.path for p in problems if isinstance(p, Undecided)}
+    fix = f"{field}=sk.first_match(strategy.{field}, sk.REPLICATED) replicates what no rule decides"
+    fix += "; or add a rule for each"
+    if field == "opt_state":  # what follows its parameter would be replicated as well
+        others = [leaf.path for leaf in leaves if leaf.path not in paths]
+        listed = ", ".join(f'"{glob}": sk.REPLICATED' for glob in _globs_of(paths, others))
+        fix = f"strategy | sk.Strategy(opt_state=sk.PathRules({{{listed}}})), or a spec for each"
+        if len(list_rules(rule)) > 1:  # two rules for optimizer state are not joined by `|`
+            fix = f"opt_state=sk.first_match(strategy.opt_state, sk.PathRules({{{listed}}}))"
+    return [dataclasses.replace(p, fix=fix) if isinstance(p, Undecided) else p for p in problems]
+
+
+def _globs_of(paths: Iterable[str], others: Sequence[str]) -> list[str]:
+    """Globs that match some paths and none of the others: a number is any, where that is enough.
+
+    >>> _globs_of(["s/0/left", "s/1/left", "s/0/right"], ["s/1/right"])
+    ['s/*/left', 's/0/right']
+    """
+    globs = []
+    for path in paths:
+        glob = "/".join("*" if key.isdecimal() else key for key in path.split("/"))
+        unique = "*" in path or any(matches(glob, other) for other in others)
+        globs.append(path_to_glob(path if unique else glob))
+    return list(dict.fromkeys(globs))
 
 
 def _check_decision(
@@ -90,6 +127,7 @@ def resolve_all(
     mesh: Mapping[str, int] | HasShape,
     *,
     what: str = "parameters",
+    field: str = "params",
     follows: Sequence[Follows] = (),
 ) -> tuple[dict[str, PartitionSpec], list[Problem]]:
     """Gives specs to the leaves that can be laid out, and lists what is wrong with the others.
@@ -99,6 +137,7 @@ def resolve_all(
       leaves: all leaves that the rule is for; an entry that matches none of them is a problem.
       mesh: the mesh, or `{axis: size}`.
       what: what the leaves are, in the plural, for messages.
+      field: the field of the strategy that has the rule.
       follows: leaves that the rule is not asked for, since they are laid out like others.
 
     Returns:
@@ -108,6 +147,7 @@ def resolve_all(
     leaves = list_ruled(leaves, follows)
     placements = [place_leaf(rule, leaf, sizes) for leaf in leaves]
     problems = [problem for placement in placements for problem in placement.problems]
+    problems = _decide_rest(problems, field, rule, leaves)
     if leaves:
         problems += [
             Unmatched(

@@ -325,7 +325,9 @@ def _resolve_rule(
     *,
     follows: Sequence[Follows] = (),
 ) -> dict[str, PartitionSpec]:
-    specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}", follows=follows)
+    specs, failures = resolve_all(
+        rule, of, sizes, what=f"leaves of {tree}", field=tree, follows=follows
+    )
     problems += _name_tree(tree, of, suggest_options(failures, sizes))
     return specs
 

@@ -7,13 +7,14 @@ parameter's by shape.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from ..._core.tree import Leaf, path_to_glob
+from ..._core.tree import Leaf, path_ends
 from ...rules import Decided, Decision, Entry, Passed, axes_of, spec_from_axes
 
 # Tables that belong to no parameter (muon's polynomial, a schedule's knots) are replicated up to
@@ -77,20 +78,16 @@ class FollowParams:
         # Of several such parameters prefer equal shape, then most siblings, then the longest path.
         # `0/mu/w` with parameters `w` and `mu/w`: if `0/mu` has leaves for both (`0/mu/mu/w`), the
         # leaf is the moment of `w`; read as `mu/w` below `0`, the parameter `w` would have none.
-        owners = sorted(
-            self._owners(leaf.path),
-            key=lambda owned: (owned[0].shape != leaf.shape, -self._siblings(leaf.path, owned[0])),
-        )
+        owners = self._owners(leaf.path)
+        if len(owners) > 1:
+            owners.sort(key=lambda o: (o[0].shape != leaf.shape, -self._siblings(leaf.path, o[0])))
         for owner, spec in owners:
             derived = moment_spec(leaf.shape, owner.shape, spec)
             if derived is not None:
                 return Decided(derived, f"as its parameter {owner.path!r}")
         if math.prod(leaf.shape) <= SMALL:
             return Decided(PartitionSpec(), "a small table", why=f"at most {SMALL} elements")
-        declare = (
-            f'Strategy(opt_state=sk.PathRules({{"{path_to_glob(leaf.path)}": sk.REPLICATED}}))'
-        )
-        return Passed(f"no parameter matches it by path and shape; declare it: {declare}")
+        return Passed("no parameter matches it by path and shape")
 
     def entries(self) -> tuple[Entry, ...]:
         """No entries, so that a parameter without state is not an unused rule."""
@@ -98,10 +95,11 @@ class FollowParams:
 
     def _owners(self, path: str) -> list[tuple[Leaf, PartitionSpec]]:
         """Parameters whose path is a suffix of `path`, longest first."""
-        by_path = {leaf.path: (leaf, spec) for leaf, spec in self.params}
-        parts = path.split("/")
-        suffixes = ["/".join(parts[i:]) for i in range(len(parts) + 1)]
-        return [by_path[suffix] for suffix in suffixes if suffix in by_path]
+        return [self._by_path[end] for end in path_ends(path) if end in self._by_path]
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, tuple[Leaf, PartitionSpec]]:
+        return {leaf.path: (leaf, spec) for leaf, spec in self.params}
 
     def _siblings(self, path: str, owner: Leaf) -> int:
         """Number of parameters with a leaf in the same tree, if `path` is that of `owner`."""
