@@ -1,9 +1,8 @@
 """Where the leaves of a step lie: each one has a folder, named by its path."""
 
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Any
 
 from .._core.errors import CheckpointError, Problem, raise_all
 
@@ -52,8 +51,15 @@ def leaf_folder(path: str) -> str:
     return f"{_ARRAYS}/{stored_name(path)}"
 
 
-def leaf_of_file(name: str, paths: Mapping[str, Any]) -> str | None:
-    """Returns the leaf that a file of the step belongs to; None for files about all leaves."""
-    inside = name.split("/", 2)[-1]
-    owners = [p for p in paths if inside.startswith(stored_name(p) + "/")]
-    return max(owners, key=len) if owners else None
+def leaves_of_files(names: Iterable[str], paths: Iterable[str]) -> dict[str, str | None]:
+    """Returns the leaf that each file of the step belongs to; None for files about all leaves.
+
+    >>> leaves_of_files(["arrays/state/a/b/c/0", "manifest.json"], ["a", "a/b"])
+    {'arrays/state/a/b/c/0': 'a/b', 'manifest.json': None}
+    """
+    stored = {stored_name(path): path for path in paths}
+    above = {name: map(str, PurePosixPath(name.split("/", 2)[-1]).parents) for name in names}
+    return {
+        name: next((stored[folder] for folder in folders if folder in stored), None)
+        for name, folders in above.items()
+    }

@@ -15,7 +15,7 @@ from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
 from ._collective_errors import collective_errors, has_several_processes
 from ._files import content_problems, listing_problems
 from ._fingerprint import format_fingerprint
-from ._folders import leaf_folder, leaf_of_file
+from ._folders import leaf_folder, leaves_of_files
 from ._host_fingerprint import are_on_host, fingerprint_on_host, read_fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
 from ._match import RestorePlan
@@ -60,8 +60,8 @@ class SavedStep:
           CheckpointCorruptedError: as `check_files`.
         """
         files, leaves = self.manifest.files, self.manifest.leaves
-        about = {name: file for name, file in files.items() if leaf_of_file(name, leaves) is None}
-        self._check_files(about)
+        holders = leaves_of_files(files, leaves)
+        self._check_files({name: file for name, file in files.items() if holders[name] is None})
 
     def load(
         self,
@@ -112,10 +112,9 @@ class SavedStep:
     def _describe_files(self, wrong: Mapping[str, str]) -> list[Problem]:
         """Returns a problem for each damaged file, with the leaf it belongs to."""
         leaves = self.manifest.leaves
-        holds = {name: leaf_of_file(name, leaves) for name in wrong}
         return [
             Problem(f"{leaf} {leaves[leaf].type}" if leaf else "(no leaf)", f"{name} {wrong[name]}")
-            for name, leaf in holds.items()
+            for name, leaf in leaves_of_files(wrong, leaves).items()
         ]
 
     def _read(
