@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit._core.tracing import equations
 from shardkit.run._config import parse_check
 from shardkit.step.self_check._gradient import Direction, GradientTest, Limits, choose_direction
 
@@ -332,3 +333,32 @@ def test_which_mutations_it_sees(name):
                 verdicts(self_checked(compiled(loss, accumulate=2, independent_rows=True), updates))
             )
     assert tuple(found) == SEEN[name]
+
+
+def test_leaves_of_one_type_are_one_piece_of_a_probe():
+    """100 unstacked layers would else be compiled leaf by leaf, for minutes."""
+
+    def equations_of(layers):
+        def init(key):
+            return {f"layer{i}": {"w": jnp.ones((4, 4)), "b": jnp.zeros(4)} for i in range(layers)}
+
+        def loss(params, batch, key):
+            return jnp.mean(sum(batch @ p["w"] + p["b"] for p in params.values()) ** 2)
+
+        step = sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=init,
+            batch=np.ones((8, 4), np.float32),
+            mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+            strategy=sk.strategies.data(),
+        )
+        step.self_check(step.init(jax.random.key(0)), np.ones((8, 4), np.float32)).check()
+        params, probes = step.abstract_state.params, step._variants.declared.probes
+        seeds = jax.ShapeDtypeStruct((2 * layers,), "uint32")
+        traced = jax.make_jaxpr(probes.measure)(params, params, seeds)
+        return [eqn.primitive.name for eqn in equations(traced.jaxpr)]
+
+    few, many = equations_of(2), equations_of(6)
+    assert few.count("xor") == many.count("xor") > 0
+    assert few.count("sqrt") == many.count("sqrt") > 0

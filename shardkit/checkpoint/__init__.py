@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, verified bit by bit, and restored onto any mesh."""
 
 from ._checkpointer import Checkpointer
-from ._fingerprint import compute_fingerprints, format_fingerprint
+from ._fingerprint import compute_fingerprints, fingerprint, format_fingerprint
 from ._host_fingerprint import fingerprint_values
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
@@ -19,6 +19,7 @@ __all__ = [
     "SavedStep",
     "compute_fingerprints",
     "export_safetensors",
+    "fingerprint",
     "fingerprint_values",
     "format_fingerprint",
     "import_safetensors",

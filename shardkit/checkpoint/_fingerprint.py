@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._collective_errors import has_several_processes
@@ -62,7 +61,8 @@ def _word_indices(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
+def fingerprint(x: jax.Array) -> jax.Array:
+    """The fingerprint of one array or shard in a traced program, u32[2]."""
     words = _to_words(raw_array(x))
     index = _word_indices(words.shape) * np.uint32(INDEX)
     mixed = (words ^ index) * np.uint32(WORD)
@@ -81,9 +81,7 @@ def compute_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array
     Returns:
       `{path: u32[2]}`; equal for equal values on any mesh and spec.
     """
-    # Within a traced function (a shard_map over copies) the caller decides where results go.
-    here = [x for x in leaves.values() if not isinstance(x, Tracer)]
-    shardings = [x.sharding for x in here] if has_several_processes() else []
+    shardings = [x.sharding for x in leaves.values()] if has_several_processes() else []
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     return _compile_fingerprints(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(
         leaves
@@ -95,7 +93,7 @@ def _compile_fingerprints(result: NamedSharding | None) -> Callable[..., dict[st
     """Compiles the fingerprints; `result` replicates them, so that every process can read them."""
 
     def run(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {path: _fingerprint(x) for path, x in leaves.items()}
+        return {path: fingerprint(x) for path, x in leaves.items()}
 
     return jax.jit(run, out_shardings=result)
 

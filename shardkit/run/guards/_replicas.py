@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.alike import map_alike
 from ..._core.errors import Problem
 from ..._core.tree import leaves_by_path, short_type
-from ...checkpoint import compute_fingerprints, format_fingerprint
+from ...checkpoint import fingerprint, format_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,7 @@ class ReplicaComparison:
         specs = [x.sharding.spec for _, x in self._leaves]
 
         def on_device(shards: list[jax.Array]) -> jax.Array:
-            sums = compute_fingerprints({str(i): x for i, x in enumerate(shards)})
-            return jnp.stack([sums[str(i)] for i in range(len(shards))])[None]
+            return map_alike(fingerprint, [shards], [None] * len(shards))[None]
 
         def run(leaves: list[jax.Array]) -> jax.Array:
             words = [_key_data(x) for x in leaves]

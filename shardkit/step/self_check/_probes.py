@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.alike import in_order, map_alike, stack_alike
 from ..._core.precision import policy_dtype, widen
 from ..._core.row_dims import map_rows
 from ..._core.train_state import TrainState
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Params, PyTree, Scalar
-from ...checkpoint import compute_fingerprints
+from ..._core.types import Batch, Params, Scalar
+from ...checkpoint import fingerprint
 from ...rules import axes_of
 from .._layout import StepLayout
 from .._program_cache import load_or_compile
@@ -53,6 +54,7 @@ class Probes:
         self._partition = layout.partition
         # Path and type of each trained parameter, in JAX's order: L of them.
         self.paths = tuple(leaves_by_path(layout.partition.trained(layout.state.params), "params"))
+        self._specs = [s.spec for s in jax.tree.leaves(layout.trained_shardings)]
 
     def _jit(self, run: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
         """Jits a probe, whose arguments never change their types; takes it from the cache."""
@@ -73,12 +75,12 @@ class Probes:
         """`(params, gradients, u32[L]) → f32[3, L]`: rms of p, norm of g, ⟨g, signs⟩."""
 
         def run(params: Params, grads: Params, seeds: jax.Array) -> jax.Array:
-            rows, params = [], self._partition.trained(params)
-            for p, g, seed in zip(*map(jax.tree.leaves, (params, grads)), seeds, strict=True):
-                size = max(p.size, 1)
+            def of_leaf(p: jax.Array, g: jax.Array, seed: jax.Array) -> jax.Array:
                 dot = jnp.sum(_real_product(widen(g), _signs(p, seed)))
-                rows.append((_norm(p) / np.sqrt(size), _norm(g), dot))
-            return jnp.stack([jnp.stack(row) for row in rows], axis=1)
+                return jnp.stack([_norm(p) / np.sqrt(max(p.size, 1)), _norm(g), dot])
+
+            columns = map(jax.tree.leaves, (self._partition.trained(params), grads))
+            return map_alike(of_leaf, (*columns, seeds), self._specs).T
 
         return self._jit(run, self._whole)
 
@@ -87,8 +89,14 @@ class Probes:
         """`(params, u32[L], f32[L]) → params`, each element moved by ± the amount of its leaf."""
 
         def run(params: Params, seeds: jax.Array, amounts: jax.Array) -> Params:
-            moved = _map(_moved, self._partition.trained(params), seeds, amounts)
-            return self._partition.merge(moved, params)
+            leaves, structure = jax.tree.flatten(self._partition.trained(params))
+            moved = dict[int, jax.Array]()
+            for stack in stack_alike((leaves, seeds, amounts), self._specs):
+                # A loop: what `vmap` makes would be computed once more in the kernel of each leaf.
+                rows = jax.lax.map(lambda row: _moved(*row), stack.columns)
+                moved |= zip(stack.numbers, rows, strict=True)
+            after = structure.unflatten(moved[number] for number in range(len(leaves)))
+            return self._partition.merge(after, params)
 
         return self._jit(run, self._layout.shardings.params)
 
@@ -110,12 +118,12 @@ class Probes:
         policy = self._policy
 
         def run(params: Params, grads: Params, seeds: jax.Array, amounts: jax.Array) -> jax.Array:
-            rows = []
-            trees = map(jax.tree.leaves, (self._partition.trained(params), grads))
-            for p, g, seed, amount in zip(*trees, seeds, amounts, strict=True):
+            def of_leaf(p: jax.Array, g: jax.Array, seed: jax.Array, amount: jax.Array) -> Any:
                 up, down = (_rounded(_moved(p, seed, x), policy) for x in (amount, -amount))
-                rows.append(jnp.sum(_real_product(widen(g), up - down)))
-            return jnp.stack(rows)
+                return jnp.sum(_real_product(widen(g), up - down))
+
+            columns = map(jax.tree.leaves, (self._partition.trained(params), grads))
+            return map_alike(of_leaf, (*columns, seeds, amounts), self._specs)
 
         return self._jit(run, self._whole)
 
@@ -153,10 +161,15 @@ class Probes:
         """
         shardings = (self._layout.shardings, self._layout.trained_shardings)
         specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+        copied = [self._axes_of_copies(spec) for spec in specs]
 
         def on_device(*shards: jax.Array) -> jax.Array:
-            sums = compute_fingerprints({str(i): x for i, x in enumerate(shards)})
-            return jnp.stack([self._disagree(sums[str(i)], s) for i, s in enumerate(specs)])
+            stacks = list(stack_alike([shards], copied))
+            found = [
+                self._disagree(jax.vmap(fingerprint)(*stack.columns), stack.layout)
+                for stack in stacks
+            ]
+            return in_order(stacks, found)
 
         def run(state: TrainState, grads: Params) -> jax.Array:
             flat = [_key_words(x) for x in jax.tree.leaves((state, grads))]
@@ -172,12 +185,15 @@ class Probes:
 
         return self._jit(run, self._whole)
 
-    def _disagree(self, checksum: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def _axes_of_copies(self, spec: PartitionSpec) -> tuple[str, ...]:
         split = {axis for entry in spec for axis in axes_of(entry)}
-        copied = tuple(axis for axis in self._mesh.axis_names if axis not in split)
+        return tuple(axis for axis in self._mesh.axis_names if axis not in split)
+
+    def _disagree(self, sums: jax.Array, copied: Any) -> jax.Array:
+        """u32[n, 2] fingerprints of shards → i32[n] devices that have another one."""
         if not copied:
-            return jnp.zeros((), jnp.int32)
-        differs = (checksum != jax.lax.pmax(checksum, copied)).any()
+            return jnp.zeros(len(sums), jnp.int32)
+        differs = (sums != jax.lax.pmax(sums, copied)).any(1)
         return jax.lax.psum(differs.astype(jnp.int32), self._mesh.axis_names)
 
     @functools.cached_property
@@ -201,10 +217,16 @@ class Probes:
             tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
             bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))
             sure = jax.tree.map(lambda g: jnp.abs(g).astype(jnp.float32) > bound, grads)
-            rows = [*_rows(start, params, end, sure)]
             every = jax.tree.map(lambda x: jnp.ones(x.shape, bool), opt_state)
-            rows += _rows(before.opt_state, opt_state, after.opt_state, every)
-            return jnp.stack(rows, axis=1)
+            # Leaf by leaf: nothing of the expected state is kept. See `_core/alike.py`.
+            trees = (
+                (start, before.opt_state),
+                (params, opt_state),
+                (end, after.opt_state),
+                (sure, every),
+            )
+            leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+            return jnp.stack([_update_gap(*leaf) for leaf in leaves], axis=1)
 
         return self._jit(run, self._whole)
 
@@ -222,11 +244,6 @@ class Probes:
         return (*leaves_by_path(state, "state"), *leaves_by_path(gradients, "gradients"))
 
 
-def _rows(before: PyTree, expected: PyTree, after: PyTree, sure: PyTree) -> list[jax.Array]:
-    trees = map(jax.tree.leaves, (before, expected, after, sure))
-    return [_update_gap(*leaf) for leaf in zip(*trees, strict=True)]
-
-
 def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
     """f32[2]: rms of after - expected, and of the change or of a hundred roundings."""
     if not jnp.issubdtype(expected.dtype, jnp.inexact):
@@ -237,11 +254,6 @@ def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
     roundings = 100 * float(jnp.finfo(expected.dtype).eps) * _norm(want)
     change = jnp.maximum(_norm(widen(want) - widen(old)), roundings)
     return jnp.stack([_norm(widen(got) - widen(want)), change]) / size
-
-
-def _map(run: Any, tree: PyTree, *rows: jax.Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten([run(*leaf) for leaf in zip(leaves, *rows, strict=True)])
 
 
 def _moved(p: jax.Array, seed: jax.Array, amount: jax.Array) -> jax.Array:
