@@ -262,6 +262,26 @@ MEANS = {
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[jnp.arange(len(y)), y]),
         (X, LABELS),
     ),
+    "own number, by numpy": (
+        lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[np.arange(len(y)), y]),
+        (X, LABELS),
+    ),
+    "own numbers, by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[np.arange(len(x))[:, None], jnp.argsort(x)[:, :2]]),
+        (X,),
+    ),
+    "ones by numpy": (lambda p, x, k: jnp.mean(mlp(p, x) * np.ones((len(x), 1), "f")), (X,)),
+    "state by numpy": (
+        lambda p, x, k: jnp.mean(
+            jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"] + x), np.zeros(x.shape, "f"))
+        ),
+        (X,),
+    ),
+    "array of 1 / n by numpy": (
+        lambda p, x, k: jnp.sum(mlp(p, x).mean(1) * np.full(len(x), 1 / len(x), "f")),
+        (X,),
+    ),
+    "power of 1": (lambda p, x, k: jnp.mean(mlp(p, x)) ** 1, (X,)),
     "time by time": (
         lambda p, x, k: jnp.mean(jax.lax.map(lambda i: mlp(p, x[:, i]), jnp.arange(3)) ** 2),
         (SEQUENCE,),
@@ -492,6 +512,21 @@ OTHERS = {
         (X,),
         "lt",
     ),
+    "first rows, by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[:, 0] * (np.arange(len(x)) < 3)),
+        (X,),
+        "a constant",
+    ),
+    "order by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[np.arange(len(x))[::-1]] * x),
+        (X,),
+        "a constant",
+    ),
+    "number by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x) * np.arange(len(x))[:, None]),
+        (X,),
+        "mul",
+    ),
     "halves of constants": (
         lambda p, x, k: jnp.mean(
             jnp.concatenate([jnp.ones(len(x) // 2), jnp.zeros(len(x) // 2)])[:, None] * mlp(p, x)
@@ -566,6 +601,7 @@ def test_what_mixes_rows_is_named_with_its_line(name):
     state = followed(loss, *batch)[0]
     assert isinstance(state, Mixed)
     assert state.cause.operation == operation
+    assert state.cause.where.startswith("test_rows.py:")
 
 
 def test_rows_are_right_sides_of_one_matrix():
@@ -731,6 +767,30 @@ def test_a_ratio_of_sums_is_known_as_one():
     (state,) = followed(masked, SEQUENCE, jax.ShapeDtypeStruct((ROWS, 8), jnp.float32))
     assert isinstance(state, Mixed)
     assert state.cause.ratio
+
+
+def by_root(x):
+    """A factor that grows with the rows by no whole power."""
+    return len(x) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda p, x: sk.Mean(jnp.sum(mlp(p, x)) * by_root(x), by_root(x)),
+        lambda p, x: sk.Mean(jnp.sum(mlp(p, x)) * by_root(x), jnp.sum(x**2) / by_root(x)),
+        lambda p, x: sk.Mean(jnp.mean(mlp(p, x)) * len(x) ** 4, len(x) ** 3.0),
+    ],
+    ids=["sum", "sum of weights", "high powers"],
+)
+def test_two_numbers_that_grow_by_no_known_power_are_no_mean(mean):
+    why = "a number that depends on how many rows there are|something that depends on their number"
+    for name, loss in (
+        ("loss", lambda p, x, k: mean(p, x)),
+        ("metrics", lambda p, x, k: (jnp.mean(mlp(p, x)), {"own": mean(p, x)})),
+    ):
+        with pytest.raises(StepError, match=f"{name}.*({why})"):
+            compiled(loss, accumulate=2)
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
         if isinstance(part, Mixed):
             return _mixed_problem(name, part.cause, splits, whole)
     total, weight = _degree(mean.total), _degree(mean.weight)
-    if total == "anything" or total == weight:
+    if total == "anything" or total == weight != "none":
         return None
     why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
     if weight == 0 and total == 1:

@@ -40,9 +40,11 @@ class RowCounts(NamedTuple):
 
 def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     """What a number or array of the program is, from its values on fewer and on more rows."""
-    if jax.numpy.shape(few) != jax.numpy.shape(many):
-        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
     is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
+    if jax.numpy.shape(few) != jax.numpy.shape(many):
+        if is_key:
+            few, many = jax.random.key_data(few), jax.random.key_data(many)
+        return _grown_constant(few, many, rows)
     if few is many:  # closed over: perhaps a table on many devices
         known = not (is_key or jax.numpy.shape(few) or isinstance(few, Tracer))
         return AlwaysZero() if known and few == 0 else Constant()
@@ -51,6 +53,31 @@ def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     degree = rows.degree(few, many)
     zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
     return AlwaysZero() if zero else Constant(degree)
+
+
+def _grown_constant(few: Any, many: Any, rows: RowCounts) -> State:
+    """An array that has more entries where there are more rows, as numpy makes it.
+
+    >>> _grown_constant(np.ones((2, 3)), np.ones((4, 3)), RowCounts(2, 4))
+    Constant(degree=0)
+    >>> _grown_constant(np.arange(2)[:, None], np.arange(4)[:, None], RowCounts(2, 4)).role
+    'index'
+    """
+    if jax.numpy.ndim(few) == jax.numpy.ndim(many) and not isinstance(few, Tracer):
+        dim = next(dim for dim, n in enumerate(few.shape) if n != many.shape[dim])
+        few, many = (np.moveaxis(np.asarray(x), dim, -1) for x in (few, many))
+        if not few.any() and not many.any():
+            return AlwaysZero()
+        if all(x.size and (x == x[..., :1]).all() for x in (few, many)):
+            return literal_state(few[..., 0], many[..., 0], rows)
+        sides = zip((few, many), rows, strict=True)
+        if few.dtype.kind in "iu" and all(_counts_rows(x, n) for x, n in sides):
+            return PerRow(dim, role="index")
+    return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
+
+
+def _counts_rows(x: np.ndarray, rows: int) -> bool:
+    return x.shape[-1] == rows and bool((x == np.arange(rows)).all())
 
 
 @dataclasses.dataclass(frozen=True)

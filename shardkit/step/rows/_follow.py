@@ -90,9 +90,8 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
         if isinstance(a, core.Literal) and isinstance(b, core.Literal):
             return literal_state(a.val, b.val, rows)
         if isinstance(a, core.Literal) or same[a] is not b:
-            where, code = user_line(user) if user else ("", "")
             why = f"takes something else where there are {rows.many} rows"
-            return Mixed(Cause(user.primitive.name if user else "the result", why, where, code))
+            return Mixed(Cause(user.primitive.name if user else "the result", why))
         return states[a]
 
     if len(few.eqns) != len(many.eqns):
@@ -100,8 +99,11 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
     for one, other in zip(few.eqns, many.eqns, strict=True):
         if not same_operation(one, other):
             return [_changed(few, many, rows)] * len(few.outvars)
-        operands = [read(a, b, one) for a, b in zip(one.invars, other.invars, strict=True)]
-        results = _follow_equation(Equation(one, other, rows), operands)
+        equation = Equation(one, other, rows)
+        pairs = zip(one.invars, other.invars, strict=True)
+        # What is mixed without a line, as a constant is, gets that of its first use.
+        operands = [equation.placed(read(a, b, one)) for a, b in pairs]
+        results = _follow_equation(equation, operands)
         states.update(zip(one.outvars, results, strict=True))
         same.update(zip(one.outvars, other.outvars, strict=True))
     return [read(a, b) for a, b in zip(few.outvars, many.outvars, strict=True)]
