@@ -617,6 +617,9 @@ def test_the_line_is_the_users():
     assert state.cause.where.endswith("in contrastive")
 
 
+EPS = 1e-6
+
+
 def heavy(x):
     return x[:, 0] ** 2
 
@@ -629,6 +632,8 @@ def heavy(x):
         "-(errors(p, x) @ heavy(x) / (1e-9 + heavy(x).sum())) + 1",
         "jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(jnp.sum(heavy(x)), 1)",
         "(errors(p, x) * heavy(x)).sum() / heavy(x).sum().clip(1)",
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.clip(jnp.sum(heavy(x)), min=1)",
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(EPS, jnp.sum(heavy(x)))",
         "jnp.divide(errors(p, x) @ heavy(x), jnp.where(heavy(x).sum() > 0, heavy(x).sum(), 1))",
     ],
 )
@@ -649,6 +654,33 @@ def test_the_fix_of_a_ratio_is_the_same_loss(ratio, tmp_path):
     np.testing.assert_allclose(got["w"], of_w["w"], rtol=1e-5)
     if "where" in ratio:
         compiled(as_mean, accumulate=2)
+
+
+def guarded_before(p, x, k):
+    size = jnp.maximum(jnp.sum(heavy(x)), 7)
+    return jnp.sum(errors(p, x) * heavy(x)) / size
+
+
+# Guards that are no guards alone: with other numbers than a mean without them.
+GUARDED = {
+    "at least": (
+        lambda p, x, k: jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(jnp.sum(heavy(x)), 1000),
+        r"sk.Mean\(jnp.sum\(errors\(p, x\) \* heavy\(x\)\), jnp.sum\(heavy\(x\)\)\), which is "
+        "the same where its weight is 0, or 1000 or more",
+    ),
+    "added": (
+        lambda p, x, k: jnp.sum(errors(p, x) * heavy(x)) / (jnp.sum(heavy(x)) + 1.0),
+        "which is the same where 1.0 is tiny beside its weight",
+    ),
+    "before": (guarded_before, "size being the sum without its guard"),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_the_fix_of_a_guarded_ratio_says_what_it_changes(name):
+    loss, change = GUARDED[name]
+    with pytest.raises(StepError, match=change):
+        compiled(loss, accumulate=2)
 
 
 def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_change():
