@@ -262,6 +262,27 @@ MEANS = {
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[jnp.arange(len(y)), y]),
         (X, LABELS),
     ),
+    "rows again by number": (
+        lambda p, x, k: jnp.mean(
+            (mlp(p, x)[jnp.repeat(jnp.arange(len(x)), 3)] - jnp.repeat(x, 3, 0)) ** 2
+        ),
+        (X,),
+    ),
+    "rows again by numpy": (
+        lambda p, x, k: jnp.mean(
+            (mlp(p, x)[np.repeat(np.arange(len(x)), 3)] - jnp.repeat(x, 3, 0)) ** 2
+        ),
+        (X,),
+    ),
+    "words of each row": (
+        lambda p, x, k: jnp.mean(
+            jax.ops.segment_sum(
+                mlp(p, x).reshape(-1, 4), np.repeat(np.arange(len(x)), x.shape[1]), len(x)
+            )
+            ** 2
+        ),
+        (SEQUENCE,),
+    ),
     "own number, by numpy": (
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[np.arange(len(y)), y]),
         (X, LABELS),
@@ -420,7 +441,80 @@ def of_slots(turn):
     return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
 
 
+def pooled(p, x, combine=jax.lax.add, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=None):
+    """Windows of one row."""
+    sizes = (1, 2), strides, padding
+    start = 0.0 if combine is jax.lax.add else -jnp.inf
+    return jax.lax.reduce_window(mlp(p, x), start, combine, *sizes, base_dilation=dilation)
+
+
+def each_twice(x):
+    return jnp.repeat(x, 2, 0)
+
+
+def all_twice(x):
+    return jnp.concatenate([x, x])
+
+
 OTHERS = {
+    "windows of every other row": (
+        lambda p, x, k: jnp.mean(pooled(p, x, strides=(2, 1)) ** 2),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "maxima of every other row": (
+        lambda p, x, k: jnp.mean(pooled(p, x, jax.lax.max, (2, 1))),
+        (X,),
+        "reduce_window_max",
+    ),
+    "windows beside the rows": (
+        lambda p, x, k: jnp.mean(pooled(p, x, padding=((0, 3), (0, 0)))),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "windows between the rows": (
+        lambda p, x, k: jnp.mean(jnp.exp(pooled(p, x, dilation=(2, 1)))),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "numbers of rows for numbers of words": (
+        lambda p, x, k: jnp.mean(
+            mlp(p, x).reshape(-1, 4)[jnp.repeat(jnp.arange(len(x)), x.shape[1])] ** 2
+        ),
+        (SEQUENCE,),
+        "gather",
+    ),
+    "words put at numbers of rows": (
+        lambda p, x, k: jnp.mean(
+            x.reshape(-1, 4)
+            * jnp.zeros((x.shape[0] * x.shape[1], 4))
+            .at[jnp.repeat(jnp.arange(len(x)), x.shape[1])]
+            .add(mlp(p, x).reshape(-1, 4))
+        ),
+        (SEQUENCE,),
+        "mul",
+    ),
+    "rows at the numbers of others": (
+        lambda p, x, k: jnp.mean(
+            x * jnp.zeros_like(x).at[each_twice(jnp.arange(len(x)))].add(all_twice(mlp(p, x)))
+        ),
+        (X,),
+        "scatter-add",
+    ),
+    "rows in the segments of others": (
+        lambda p, x, y, k: (
+            jnp.sum(jax.ops.segment_sum(all_twice(mlp(p, x)), each_twice(y), 4) * p["w"]) / len(x)
+        ),
+        (X, LABELS),
+        "scatter-add",
+    ),
+    "columns of others": (
+        lambda p, x, y, k: jnp.mean(
+            jnp.take_along_axis(all_twice(mlp(p, x)), each_twice(y)[:, None], 1)
+        ),
+        (X, LABELS),
+        "gather",
+    ),
     "own row or the next": (at(lambda i, x: jnp.where(x[:, 0] > 0, i, i + 1)), (X,), "select_n"),
     "next row, always": (at(lambda i, x: jnp.where(i >= 0, i + 1, i)), (X,), "ge"),
     "row of twice the number": (at(lambda i, x: i + i), (X,), "add"),

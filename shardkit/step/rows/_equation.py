@@ -60,8 +60,8 @@ def _grown_constant(few: Any, many: Any, rows: RowCounts) -> State:
 
     >>> _grown_constant(np.ones((2, 3)), np.ones((4, 3)), RowCounts(2, 4))
     Constant(degree=0)
-    >>> _grown_constant(np.arange(2)[:, None], np.arange(4)[:, None], RowCounts(2, 4)).role
-    'index'
+    >>> _grown_constant(np.arange(2)[:, None], np.arange(4)[:, None], RowCounts(2, 4))
+    PerRow(dim=0, outer=1, inner=1, degree=0, role='index')
     """
     if jax.numpy.ndim(few) == jax.numpy.ndim(many) and not isinstance(few, Tracer):
         dim = next(dim for dim, n in enumerate(few.shape) if n != many.shape[dim])
@@ -70,14 +70,25 @@ def _grown_constant(few: Any, many: Any, rows: RowCounts) -> State:
             return AlwaysZero()
         if all(x.size and (x == x[..., :1]).all() for x in (few, many)):
             return literal_state(few[..., 0], many[..., 0], rows)
-        sides = zip((few, many), rows, strict=True)
-        if few.dtype.kind in "iu" and all(_counts_rows(x, n) for x, n in sides):
-            return PerRow(dim, role="index")
+        layout = _own_numbers(few, many, rows)
+        if layout is not None and few.dtype.kind in "iu":
+            return PerRow(dim, *layout, role="index")
     return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
 
 
-def _counts_rows(x: np.ndarray, rows: int) -> bool:
-    return x.shape[-1] == rows and bool((x == np.arange(rows)).all())
+def _own_numbers(few: np.ndarray, many: np.ndarray, rows: RowCounts) -> tuple[int, int] | None:
+    """How often all numbers of rows follow one another along the last dim, and each one alone.
+
+    >>> _own_numbers(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 2]), RowCounts(2, 3))
+    (1, 2)
+    """
+    inner = max(int((many.reshape(-1, many.shape[-1])[0] != 0).argmax()), 1)
+    outer = many.shape[-1] // (rows.many * inner)
+    for x, n in zip((few, many), rows, strict=True):
+        own = np.tile(np.repeat(np.arange(n), inner), outer)
+        if own.size != x.shape[-1] or (x != own).any():
+            return None
+    return outer, inner
 
 
 @dataclasses.dataclass(frozen=True)

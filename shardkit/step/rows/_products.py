@@ -87,19 +87,29 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
 
 @rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
 def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    state, params = states[0], equation.params
-    wide = any(params["window_dimensions"][dim] != 1 for dim in equation.growing(0))
-    if wide and not isinstance(state, AlwaysZero | Mixed):
+    state = states[0]
+    if _goes_along_rows(equation) and not isinstance(state, AlwaysZero | Mixed):
         return [equation.mixed("goes along the rows")] * len(equation.few.outvars)
     if equation.name == "reduce_window_sum":
         return list(states)
     return elementwise(equation, states)
 
 
+def _goes_along_rows(equation: Equation) -> bool:
+    """Whether windows hold several rows, leave some out, or others come between or beside them."""
+    names = "window_dimensions window_strides base_dilation window_dilation".split()
+    params = equation.params
+    return any(
+        any(name in params and params[name][dim] != 1 for name in names)
+        or any(params["padding"][dim])
+        for dim in equation.growing(0)
+    )
+
+
 @rule("select_and_scatter_add")
 def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     source, operand, *_ = states
-    if any(equation.params["window_dimensions"][dim] != 1 for dim in equation.growing(0)):
+    if _goes_along_rows(equation):
         return [equation.mixed("goes along the rows")]
     if mixed := first_mixed(states):
         return [mixed]
