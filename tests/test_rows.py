@@ -508,6 +508,29 @@ OTHERS = {
         (X, LABELS),
         "scatter-add",
     ),
+    "numbers put as values": (
+        lambda p, x, y, k: jnp.mean(
+            mlp(p, x)
+            * jnp.zeros((len(y), 4), int).at[jnp.arange(len(y)), y].set(jnp.arange(len(y)))
+        ),
+        (X, LABELS),
+        "scatter",
+    ),
+    "numbers summed in segments": (
+        lambda p, x, y, k: jnp.sum(jax.ops.segment_sum(jnp.arange(len(y)), y, 4) * p["w"]) / len(y),
+        (X, LABELS),
+        "scatter-add",
+    ),
+    "gamma of the number of rows": (
+        lambda p, x, k: jnp.mean(mlp(p, x) * jax.random.gamma(k, 1.0 * len(x), (len(x), 1))),
+        (X,),
+        "random_gamma",
+    ),
+    "gamma of two views": (
+        lambda p, x, k: jnp.mean(jax.random.gamma(k, jnp.exp(all_twice(mlp(p, x))))),
+        (X,),
+        "random_gamma",
+    ),
     "columns of others": (
         lambda p, x, y, k: jnp.mean(
             jnp.take_along_axis(all_twice(mlp(p, x)), each_twice(y)[:, None], 1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._equation import Equation
-from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, join, moved, rule
+from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, is_place, join, moved, rule
 from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
@@ -119,7 +119,7 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
             updates = dataclasses.replace(updates, degree=getattr(operand, "degree", 0))
     numbers = equation.params["dimension_numbers"]
     place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
-    if isinstance(indices, RowSum) or any(isinstance(s, Columns) for s in (operand, updates)):
+    if isinstance(indices, RowSum) or any(is_place(s) for s in (operand, updates)):
         return [equation.mixed(_PICKS)]
     if isinstance(updates, AlwaysZero) and (adds or isinstance(operand, AlwaysZero)):
         return [operand]

@@ -136,7 +136,8 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if rest:  # a draw for two rows, as of times and of what is left of them
         why = f"draws {equation.out_shape()[dim]} numbers for {equation.n} rows"
         return [equation.mixed(why, fix="a draw for each row")]
-    return [PerRow(dim, inner=inner)]
+    # A gamma draw has parameters too.
+    return elementwise(equation, [PerRow(dim, inner=inner), *states[1:]])
 
 
 @rule("triangular_solve")
