@@ -113,8 +113,7 @@ def compile_program(
         check(traced.jaxpr)
         check_ordered(equations(traced.jaxpr.jaxpr), mesh)
         at_trace = time.perf_counter()
-        with _explain_untyped_loops():
-            lowered = traced.lower()
+        lowered = _lower(traced)
         at_lower = time.perf_counter()
         compute_name = functools.partial(name_program, lowered, options or {}, mesh)
         name = compute_name() if saved else ""
@@ -243,11 +242,10 @@ def _explain_failures(mesh: Mesh) -> Iterator[None]:
         raise StepError.of(headline, subject, first_line(error), fix) from error
 
 
-@contextlib.contextmanager
-def _explain_untyped_loops() -> Iterator[None]:
+def _lower(traced: jax.stages.Traced) -> jax.stages.Lowered:
     """Names what JAX cannot lower on shards: `betainc` of some versions is a loop without types."""
     try:
-        yield
+        return traced.lower()
     except TypeError as error:
         if "manual axis types do not match" not in str(error):
             raise
