@@ -136,3 +136,53 @@ def test_nnx_batch_norm_by_name():
     h = BATCH["x"] @ params["dense"]["kernel"]
     h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5)
     np.testing.assert_allclose(losses, [np.mean((h - 1) ** 3)] * 2, rtol=1e-5)
+
+
+def exchanged(h):
+    return jax.lax.ppermute(h, "batch", [(i, (i + 1) % 8) for i in range(8)])
+
+
+# Collectives that take an axis of some sizes alone, or have no derivative.
+UNFIT = {
+    "ppermute": (exchanged, "auto", "doesn't match the axis size.*psum or pmean"),
+    "psum_scatter": (
+        lambda h: jax.lax.psum_scatter(h.sum(0), "data", tiled=True),
+        "shard_map",
+        "psum_scatter.*must be divisible.*psum or pmean",
+    ),
+    "all_to_all": (
+        lambda h: jax.lax.all_to_all(h, "batch", 1, 0, tiled=True),
+        "shard_map",
+        "all_to_all.*has to be divisible.*psum or pmean",
+    ),
+    "all_gather": (
+        lambda h: h @ jax.lax.all_gather(h, "batch", tiled=True).T,
+        "shard_map",
+        "all_gather.*psum or pmean of sums over rows",
+    ),
+    "pmax": (
+        lambda h: h / jax.lax.stop_gradient(jax.lax.pmax(h.max(), "batch")),
+        "auto",
+        "Differentiation rule for 'pmax'.*stop_gradient of what it takes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_collective_that_cannot_be_traced_is_named_with_its_line(name):
+    collective, mode, told = UNFIT[name]
+
+    def loss(params, batch, key):
+        return jnp.mean(collective(batch["x"] @ params) ** 2)
+
+    with pytest.raises(sk.errors.StepError, match=f"(?s){told}") as refused:
+        sk.compile_step(
+            loss,
+            OPTIMIZER,
+            init=lambda key: jnp.ones((6, 2)),
+            batch=BATCH,
+            mesh=sk.MeshSpec(data=8).build(),
+            strategy=sk.strategies.data(),
+            mode=mode,
+        )
+    assert "test_batch_axes.py:" in str(refused.value)

@@ -207,11 +207,47 @@ def test_the_dtype_of_a_reduction_changes_no_draw(mode):
     np.testing.assert_allclose(got, noise_of_one_device(DRAWS["normal"], key, 1), rtol=1e-2)
 
 
+# Draws whose distribution the rows decide.
+OF_ROWS = {
+    "gamma": R.gamma,
+    "dirichlet": lambda key, a: R.dirichlet(key, jnp.stack([a, 2 * a], 1))[:, 0],
+    "t": R.t,
+    "f": lambda key, a: R.f(key, 3.0, a + 3),
+}
+
+
+@pytest.mark.parametrize("mode", ["accumulate", "shard_map"])
+@pytest.mark.parametrize("name", some_quick(OF_ROWS, "gamma"))
+def test_a_draw_from_what_rows_decide_is_that_of_one_device(name, mode):
+    def loss(params, batch, key):
+        return jnp.mean(OF_ROWS[name](key, jnp.exp(batch["hot"] @ params["w"])))
+
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones(ROWS)},
+        batch=BATCH,
+        mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
+        strategy=sk.strategies.data(),
+        **MODES[mode],
+    )
+    got, key = noise_of_step(step)
+    micro_batches, want = MODES[mode].get("accumulate", 1), np.zeros(ROWS)
+    for i in range(micro_batches):
+        own = R.fold_in(key, i) if micro_batches > 1 else key
+        rows = {"hot": BATCH["hot"][i::micro_batches]}
+        gradient = jax.grad(loss)({"w": jnp.ones(ROWS)}, rows, own)["w"]
+        want += np.asarray(gradient) * ROWS / micro_batches
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_gamma_draw_as_large_as_a_split_is_refused_not_guessed():
     """Two rows a part: the generator is asked for 2 keys both by `split` and for the draws."""
     draw = from_rows(lambda key, shape: R.gamma(R.split(key)[0], 2.0, shape))
-    with pytest.raises(sk.errors.StepError, match="something else of the same shape"):
+    with pytest.raises(sk.errors.StepError, match="something else of the same shape") as told:
         split_step(draw, 8, {"accumulate": 4})
+    assert "an accumulate or a mesh of another size" in str(told.value)
+    split_step(draw, 8, {"accumulate": 2})
 
 
 def test_the_splits_inside_of_a_gamma_draw_are_of_one_row():

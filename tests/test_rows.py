@@ -262,6 +262,47 @@ MEANS = {
         lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[jnp.arange(len(y)), y]),
         (X, LABELS),
     ),
+    "rows again by number": (
+        lambda p, x, k: jnp.mean(
+            (mlp(p, x)[jnp.repeat(jnp.arange(len(x)), 3)] - jnp.repeat(x, 3, 0)) ** 2
+        ),
+        (X,),
+    ),
+    "rows again by numpy": (
+        lambda p, x, k: jnp.mean(
+            (mlp(p, x)[np.repeat(np.arange(len(x)), 3)] - jnp.repeat(x, 3, 0)) ** 2
+        ),
+        (X,),
+    ),
+    "words of each row": (
+        lambda p, x, k: jnp.mean(
+            jax.ops.segment_sum(
+                mlp(p, x).reshape(-1, 4), np.repeat(np.arange(len(x)), x.shape[1]), len(x)
+            )
+            ** 2
+        ),
+        (SEQUENCE,),
+    ),
+    "own number, by numpy": (
+        lambda p, x, y, k: -jnp.mean(jax.nn.log_softmax(mlp(p, x))[np.arange(len(y)), y]),
+        (X, LABELS),
+    ),
+    "own numbers, by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[np.arange(len(x))[:, None], jnp.argsort(x)[:, :2]]),
+        (X,),
+    ),
+    "ones by numpy": (lambda p, x, k: jnp.mean(mlp(p, x) * np.ones((len(x), 1), "f")), (X,)),
+    "state by numpy": (
+        lambda p, x, k: jnp.mean(
+            jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"] + x), np.zeros(x.shape, "f"))
+        ),
+        (X,),
+    ),
+    "array of 1 / n by numpy": (
+        lambda p, x, k: jnp.sum(mlp(p, x).mean(1) * np.full(len(x), 1 / len(x), "f")),
+        (X,),
+    ),
+    "power of 1": (lambda p, x, k: jnp.mean(mlp(p, x)) ** 1, (X,)),
     "time by time": (
         lambda p, x, k: jnp.mean(jax.lax.map(lambda i: mlp(p, x[:, i]), jnp.arange(3)) ** 2),
         (SEQUENCE,),
@@ -400,7 +441,103 @@ def of_slots(turn):
     return lambda p, x, k: jnp.mean(looped(lambda x: x, turn)(p, x) ** 2)
 
 
+def pooled(p, x, combine=jax.lax.add, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=None):
+    """Windows of one row."""
+    sizes = (1, 2), strides, padding
+    start = 0.0 if combine is jax.lax.add else -jnp.inf
+    return jax.lax.reduce_window(mlp(p, x), start, combine, *sizes, base_dilation=dilation)
+
+
+def each_twice(x):
+    return jnp.repeat(x, 2, 0)
+
+
+def all_twice(x):
+    return jnp.concatenate([x, x])
+
+
 OTHERS = {
+    "windows of every other row": (
+        lambda p, x, k: jnp.mean(pooled(p, x, strides=(2, 1)) ** 2),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "maxima of every other row": (
+        lambda p, x, k: jnp.mean(pooled(p, x, jax.lax.max, (2, 1))),
+        (X,),
+        "reduce_window_max",
+    ),
+    "windows beside the rows": (
+        lambda p, x, k: jnp.mean(pooled(p, x, padding=((0, 3), (0, 0)))),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "windows between the rows": (
+        lambda p, x, k: jnp.mean(jnp.exp(pooled(p, x, dilation=(2, 1)))),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "numbers of rows for numbers of words": (
+        lambda p, x, k: jnp.mean(
+            mlp(p, x).reshape(-1, 4)[jnp.repeat(jnp.arange(len(x)), x.shape[1])] ** 2
+        ),
+        (SEQUENCE,),
+        "gather",
+    ),
+    "words put at numbers of rows": (
+        lambda p, x, k: jnp.mean(
+            x.reshape(-1, 4)
+            * jnp.zeros((x.shape[0] * x.shape[1], 4))
+            .at[jnp.repeat(jnp.arange(len(x)), x.shape[1])]
+            .add(mlp(p, x).reshape(-1, 4))
+        ),
+        (SEQUENCE,),
+        "mul",
+    ),
+    "rows at the numbers of others": (
+        lambda p, x, k: jnp.mean(
+            x * jnp.zeros_like(x).at[each_twice(jnp.arange(len(x)))].add(all_twice(mlp(p, x)))
+        ),
+        (X,),
+        "scatter-add",
+    ),
+    "rows in the segments of others": (
+        lambda p, x, y, k: (
+            jnp.sum(jax.ops.segment_sum(all_twice(mlp(p, x)), each_twice(y), 4) * p["w"]) / len(x)
+        ),
+        (X, LABELS),
+        "scatter-add",
+    ),
+    "numbers put as values": (
+        lambda p, x, y, k: jnp.mean(
+            mlp(p, x)
+            * jnp.zeros((len(y), 4), int).at[jnp.arange(len(y)), y].set(jnp.arange(len(y)))
+        ),
+        (X, LABELS),
+        "scatter",
+    ),
+    "numbers summed in segments": (
+        lambda p, x, y, k: jnp.sum(jax.ops.segment_sum(jnp.arange(len(y)), y, 4) * p["w"]) / len(y),
+        (X, LABELS),
+        "scatter-add",
+    ),
+    "gamma of the number of rows": (
+        lambda p, x, k: jnp.mean(mlp(p, x) * jax.random.gamma(k, 1.0 * len(x), (len(x), 1))),
+        (X,),
+        "random_gamma",
+    ),
+    "gamma of two views": (
+        lambda p, x, k: jnp.mean(jax.random.gamma(k, jnp.exp(all_twice(mlp(p, x))))),
+        (X,),
+        "random_gamma",
+    ),
+    "columns of others": (
+        lambda p, x, y, k: jnp.mean(
+            jnp.take_along_axis(all_twice(mlp(p, x)), each_twice(y)[:, None], 1)
+        ),
+        (X, LABELS),
+        "gather",
+    ),
     "own row or the next": (at(lambda i, x: jnp.where(x[:, 0] > 0, i, i + 1)), (X,), "select_n"),
     "next row, always": (at(lambda i, x: jnp.where(i >= 0, i + 1, i)), (X,), "ge"),
     "row of twice the number": (at(lambda i, x: i + i), (X,), "add"),
@@ -492,6 +629,21 @@ OTHERS = {
         (X,),
         "lt",
     ),
+    "first rows, by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[:, 0] * (np.arange(len(x)) < 3)),
+        (X,),
+        "a constant",
+    ),
+    "order by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x)[np.arange(len(x))[::-1]] * x),
+        (X,),
+        "a constant",
+    ),
+    "number by numpy": (
+        lambda p, x, k: jnp.mean(mlp(p, x) * np.arange(len(x))[:, None]),
+        (X,),
+        "mul",
+    ),
     "halves of constants": (
         lambda p, x, k: jnp.mean(
             jnp.concatenate([jnp.ones(len(x) // 2), jnp.zeros(len(x) // 2)])[:, None] * mlp(p, x)
@@ -566,6 +718,7 @@ def test_what_mixes_rows_is_named_with_its_line(name):
     state = followed(loss, *batch)[0]
     assert isinstance(state, Mixed)
     assert state.cause.operation == operation
+    assert state.cause.where.startswith("test_rows.py:")
 
 
 def test_rows_are_right_sides_of_one_matrix():
@@ -581,6 +734,9 @@ def test_the_line_is_the_users():
     assert state.cause.where.endswith("in contrastive")
 
 
+EPS = 1e-6
+
+
 def heavy(x):
     return x[:, 0] ** 2
 
@@ -593,6 +749,8 @@ def heavy(x):
         "-(errors(p, x) @ heavy(x) / (1e-9 + heavy(x).sum())) + 1",
         "jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(jnp.sum(heavy(x)), 1)",
         "(errors(p, x) * heavy(x)).sum() / heavy(x).sum().clip(1)",
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.clip(jnp.sum(heavy(x)), min=1)",
+        "jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(EPS, jnp.sum(heavy(x)))",
         "jnp.divide(errors(p, x) @ heavy(x), jnp.where(heavy(x).sum() > 0, heavy(x).sum(), 1))",
     ],
 )
@@ -613,6 +771,33 @@ def test_the_fix_of_a_ratio_is_the_same_loss(ratio, tmp_path):
     np.testing.assert_allclose(got["w"], of_w["w"], rtol=1e-5)
     if "where" in ratio:
         compiled(as_mean, accumulate=2)
+
+
+def guarded_before(p, x, k):
+    size = jnp.maximum(jnp.sum(heavy(x)), 7)
+    return jnp.sum(errors(p, x) * heavy(x)) / size
+
+
+# Guards that are no guards alone: with other numbers than a mean without them.
+GUARDED = {
+    "at least": (
+        lambda p, x, k: jnp.sum(errors(p, x) * heavy(x)) / jnp.maximum(jnp.sum(heavy(x)), 1000),
+        r"sk.Mean\(jnp.sum\(errors\(p, x\) \* heavy\(x\)\), jnp.sum\(heavy\(x\)\)\), which is "
+        "the same where its weight is 0, or 1000 or more",
+    ),
+    "added": (
+        lambda p, x, k: jnp.sum(errors(p, x) * heavy(x)) / (jnp.sum(heavy(x)) + 1.0),
+        "which is the same where 1.0 is tiny beside its weight",
+    ),
+    "before": (guarded_before, "size being the sum without its guard"),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_the_fix_of_a_guarded_ratio_says_what_it_changes(name):
+    loss, change = GUARDED[name]
+    with pytest.raises(StepError, match=change):
+        compiled(loss, accumulate=2)
 
 
 def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_change():
@@ -731,6 +916,30 @@ def test_a_ratio_of_sums_is_known_as_one():
     (state,) = followed(masked, SEQUENCE, jax.ShapeDtypeStruct((ROWS, 8), jnp.float32))
     assert isinstance(state, Mixed)
     assert state.cause.ratio
+
+
+def by_root(x):
+    """A factor that grows with the rows by no whole power."""
+    return len(x) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda p, x: sk.Mean(jnp.sum(mlp(p, x)) * by_root(x), by_root(x)),
+        lambda p, x: sk.Mean(jnp.sum(mlp(p, x)) * by_root(x), jnp.sum(x**2) / by_root(x)),
+        lambda p, x: sk.Mean(jnp.mean(mlp(p, x)) * len(x) ** 4, len(x) ** 3.0),
+    ],
+    ids=["sum", "sum of weights", "high powers"],
+)
+def test_two_numbers_that_grow_by_no_known_power_are_no_mean(mean):
+    why = "a number that depends on how many rows there are|something that depends on their number"
+    for name, loss in (
+        ("loss", lambda p, x, k: mean(p, x)),
+        ("metrics", lambda p, x, k: (jnp.mean(mlp(p, x)), {"own": mean(p, x)})),
+    ):
+        with pytest.raises(StepError, match=f"{name}.*({why})"):
+            compiled(loss, accumulate=2)
 
 
 @pytest.mark.parametrize(

@@ -355,3 +355,31 @@ def test_without_wider_carries_jax_refuses_the_loop(monkeypatch):
     )
     with pytest.raises(sk.errors.StepError, match="carry input and carry output differ"):
         assert_like_one_device(recurrent, sk.strategies.data(), {"data": 8})
+
+
+def test_a_function_that_jax_makes_a_loop_of_is_right_or_refused():
+    """JAX 0.10 and 0.11 lower `betainc` on shards to a loop whose constants have no type."""
+
+    def loss(params, batch, key):
+        weight = jax.scipy.special.betainc(2.0, 3.0, jax.nn.sigmoid(batch["x"]))
+        return jnp.mean((batch["x"] @ params["w"]) * weight)
+
+    try:
+        step = sk.compile_step(
+            loss,
+            OPTIMIZER,
+            init=init,
+            batch=BATCH,
+            mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+            strategy=sk.strategies.data(),
+            mode="shard_map",
+        )
+    except sk.errors.StepError as refused:
+        step, told = None, str(refused)
+    if step is None:
+        assert "beta" in told
+        assert 'mode="auto"' in told
+        return
+    state = step.init(jax.random.key(0))
+    want = jax.grad(loss)(jax.tree.map(jnp.asarray, state.params), BATCH, None)["w"]
+    np.testing.assert_allclose(step.gradients(state, BATCH)[1]["w"], want, rtol=1e-5, atol=1e-6)

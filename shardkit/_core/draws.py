@@ -126,20 +126,23 @@ def match_dims(
         if draw.kind == "fold_in" and (folds_followed or draw.shape == large):
             continue
         grown = None if dim is None else GrownDim(draw.shape, dim)
-        why = ""
+        why = fix = ""
         if draw.kind == "fold_in":
             why = "folds in numbers counted over the rows of the batch, or over the length"
         elif draw.shape != large and not draw.from_key:
             why = "draws from a key that the loss makes itself: every part would draw the same"
+            fix = "noise drawn from the key that the loss gets"
         elif grown is None and draw.shape != large:
             why = f"is {large} for {parts} times the rows"
         elif draw.from_key and dims.setdefault(draw.drawn, grown) != grown:
             why = "is drawn once for the rows and once for something else of the same shape"
+            fix = (
+                "an accumulate or a mesh of another size, so that parts have other numbers of rows"
+            )
         if why:
             subject = f"{draw.kind} {short_type(draw.shape, jnp.uint32.dtype)}"
-            problems.append(Problem(subject, why + (draw.line and f" ({draw.line})")))
-    fix = 'noise drawn from the key that the loss gets; or sk.Accumulate(k, reduce="every")'
-    raise_all(StepError, _HEADLINE, problems, fix)
+            problems.append(Problem(subject, why + (draw.line and f" ({draw.line})"), fix))
+    raise_all(StepError, _HEADLINE, problems, f'sk.Accumulate(k, reduce="every"); or {_WHOLE}')
     return tuple((drawn, grown) for drawn, grown in dims.items() if grown is not None)
 
 

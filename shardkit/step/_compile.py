@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def compile_program(
         check(traced.jaxpr)
         check_ordered(equations(traced.jaxpr.jaxpr), mesh)
         at_trace = time.perf_counter()
-        lowered = traced.lower()
+        lowered = _lower(traced)
         at_lower = time.perf_counter()
         compute_name = functools.partial(name_program, lowered, options or {}, mesh)
         name = compute_name() if saved else ""
@@ -239,6 +240,19 @@ def _explain_failures(mesh: Mesh) -> Iterator[None]:
             fix = f"a mesh without its axes of size 1 ({', '.join(alone)}); or {fix}"
         subject, headline = place or "the step", "The compiler fails on this program."
         raise StepError.of(headline, subject, first_line(error), fix) from error
+
+
+def _lower(traced: jax.stages.Traced) -> jax.stages.Lowered:
+    """Names what JAX cannot lower on shards: `betainc` of some versions is a loop without types."""
+    try:
+        return traced.lower()
+    except TypeError as error:
+        if "manual axis types do not match" not in str(error):
+            raise
+        names = [frame.name for frame in traceback.extract_tb(error.__traceback__)][-2:]
+        headline = 'JAX cannot lower a function of the loss in mode="shard_map".'
+        why = f"{first_line(error)} Rows differ between devices, and its constants do not."
+        raise StepError.of(headline, " > ".join(names), why, 'mode="auto"') from error
 
 
 @contextlib.contextmanager

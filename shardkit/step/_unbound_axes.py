@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.errors import StepError, did_you_mean
+from .._core.errors import StepError, did_you_mean, first_line
+from .._core.source import find_user_line
 from .._core.tracing import record_fact, recorded_facts
 from ..nn._manual_axis_rules import on_shards
 
@@ -86,17 +87,23 @@ def _is_elsewhere(error: Exception, name: str, mesh: Mesh | None) -> bool:
 
 @contextlib.contextmanager
 def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
-    """Turns JAX's errors about an unknown mesh axis, while a loss is traced, into a `StepError`.
+    """Turns JAX's errors about mesh axes, while a loss is traced, into a `StepError`.
 
-    The axis is that of a collective, or in a spec of a `shard_map`.
+    An unknown axis is that of a collective, or in a spec of a `shard_map`. A collective of a known
+    one may need another size than it has where all rows are together, or where rows are followed.
     """
     try:
         yield
-    except (AssertionError, NameError, ValueError) as error:
+    except (AssertionError, NameError, NotImplementedError, ValueError) as error:
         if mesh is not None:
             for call, name in _find_axis_uses(error):
                 if name not in mesh.axis_names:
                     raise _unbound_error(call, name, mesh) from error
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            for frame in frames:
+                if frame.f_globals["__name__"].endswith("lax.parallel"):
+                    for name in _axis_names_of(frame):
+                        raise _unfit_error(frame, name, error) from error
         raise
 
 
@@ -119,6 +126,19 @@ def _axis_names_of(frame: FrameType) -> list[str]:
     value = frame.f_locals.get("axis_name")
     names = value if isinstance(value, tuple | list) else (value,)
     return [name for name in names if isinstance(name, str)]
+
+
+def _unfit_error(frame: FrameType, name: str, error: Exception) -> StepError:
+    why = f"raises {type(error).__name__}: {first_line(error)}"
+    fix = "jax.lax.stop_gradient of what it takes, not of what it gives"
+    if not isinstance(error, NotImplementedError):  # of a derivative
+        why += f"; the loss is traced with other sizes of {name!r} too, and 1 for all rows together"
+        fix = "jax.lax.psum or pmean, which take any size; or sk.ShardMapLoss(local, reference), "
+        fix += "whose local loss alone names mesh axes"
+    lines = [*traceback.walk_tb(error.__traceback__)]
+    where = find_user_line((frame.f_code.co_filename, line) for frame, line in reversed(lines))
+    subject = f"{frame.f_code.co_name}(..., {name!r})" + (f" at {where}" if where else "")
+    return StepError.of("A collective of the loss cannot be traced.", subject, why, fix)
 
 
 def _unbound_error(call: str, name: str, mesh: Mesh) -> StepError:

@@ -2,28 +2,46 @@
 
 import ast
 import contextlib
+from typing import NamedTuple
 
-Sides = tuple[ast.expr, ast.expr]
+
+class _Quotient(NamedTuple):
+    """A division, and what leaving out a guard of its denominator changes, in words."""
+
+    total: ast.expr
+    weight: ast.expr
+    change: str = ""
 
 
-def as_mean(code: str) -> str:
+def as_mean(code: str, guarded: bool = False) -> str:
     """`sk.Mean` of the two sides of a division, where they can be read on its line.
 
+    What keeps the denominator from being zero is left out, as the mean is 0 where its weight is 0.
+    If that changes other numbers too, it is said. `guarded`: there is such a guard, here or before.
+
+    >>> as_mean("return jnp.sum(e * m) / (jnp.sum(m) + 1e-8)")
+    'sk.Mean(jnp.sum(e * m), jnp.sum(m)), which is 0 where its weight is 0'
     >>> as_mean("return jnp.sum(e * m) / jnp.maximum(jnp.sum(m), 1)")
-    'sk.Mean(jnp.sum(e * m), jnp.sum(m))'
+    'sk.Mean(jnp.sum(e * m), jnp.sum(m)), which is the same where its weight is 0, or 1 or more'
+    >>> as_mean("return jnp.sum(e * m) / size", guarded=True)
+    'sk.Mean(jnp.sum(e * m), size), size being the sum without its guard'
     >>> as_mean("loss = 1 - 2 * both.sum() / (a + b)")
     'sk.Mean(1 * (a + b) - 2 * both.sum(), a + b)'
     >>> as_mean("return (e * m).sum() / m.sum() + decay(params)")
     'sk.Mean((e * m).sum(), m.sum()), with what is added to it times the weight'
-    >>> as_mean("return jnp.sqrt((e * m).sum() / (m.sum() + eps))")
+    >>> as_mean("return jnp.sqrt((e * m).sum() / m.sum())")
     'sk.Mean((e * m).sum(), m.sum()) by itself, with nothing made of the mean'
     """
     with contextlib.suppress(SyntaxError):
         for parent in ast.walk(ast.parse(code)):
             for node in ast.iter_child_nodes(parent):
-                if sides := _as_quotient(node):
-                    total, weight = map(ast.unparse, sides)
-                    return f"sk.Mean({total}, {weight}){_of_the_rest(parent)}"
+                if quotient := _as_quotient(node):
+                    total, weight = map(ast.unparse, quotient[:2])
+                    mean = f"sk.Mean({total}, {weight}){_of_the_rest(parent)}"
+                    if guarded and not quotient.change and isinstance(quotient.weight, ast.Name):
+                        return f"{mean}, {weight} being the sum without its guard"
+                    change = quotient.change or (guarded and _AT_ZERO)
+                    return mean + (f", which is {change}" if change else "")
     return "sk.Mean(total, weight) with the two sums over rows, undivided"
 
 
@@ -39,43 +57,57 @@ def _of_the_rest(parent: ast.AST) -> str:
     return ""
 
 
-def _as_quotient(node: ast.AST) -> Sides | None:
-    """Numerator and denominator of a division, with the numbers that stand around it."""
+def _as_quotient(node: ast.AST) -> _Quotient | None:
+    """A division, with the numbers that stand around it."""
     match node:
         case ast.BinOp(ast.Constant(), ast.Div(), _):
             return None
         case ast.BinOp(total, ast.Div(), weight):
-            return total, _unguarded(weight)
+            return _Quotient(total, *_unguarded(weight))
         case ast.BinOp(ast.Constant() as number, ast.Add() | ast.Sub() as op, right):
-            if sides := _as_quotient(right):
-                return ast.BinOp(ast.BinOp(number, ast.Mult(), sides[1]), op, sides[0]), sides[1]
+            if inner := _as_quotient(right):
+                times = ast.BinOp(number, ast.Mult(), inner.weight)
+                return inner._replace(total=ast.BinOp(times, op, inner.total))
         case ast.BinOp(left, ast.Add() | ast.Sub() as op, ast.Constant() as number):
-            if sides := _as_quotient(left):
-                return ast.BinOp(sides[0], op, ast.BinOp(number, ast.Mult(), sides[1])), sides[1]
+            if inner := _as_quotient(left):
+                times = ast.BinOp(number, ast.Mult(), inner.weight)
+                return inner._replace(total=ast.BinOp(inner.total, op, times))
         case ast.BinOp(ast.Constant() as number, ast.Mult() as op, right):
-            if sides := _as_quotient(right):
-                return ast.BinOp(number, op, sides[0]), sides[1]
+            if inner := _as_quotient(right):
+                return inner._replace(total=ast.BinOp(number, op, inner.total))
         case ast.UnaryOp(ast.USub() as op, operand):
-            if sides := _as_quotient(operand):
-                return ast.UnaryOp(op, sides[0]), sides[1]
+            if inner := _as_quotient(operand):
+                return inner._replace(total=ast.UnaryOp(op, inner.total))
         case ast.Call(ast.Attribute(_, "divide" | "true_divide"), [total, weight]):
-            return total, _unguarded(weight)
+            return _Quotient(total, *_unguarded(weight))
     return None
 
 
-def _unguarded(weight: ast.expr) -> ast.expr:
-    """A denominator without what keeps it from being zero: `sk.Mean` is 0 where its weight is 0."""
+_AT_ZERO = "0 where its weight is 0"
+_TINY = 1e-3
+_Atom = ast.Constant | ast.Name | ast.Attribute
+
+
+def _unguarded(weight: ast.expr) -> tuple[ast.expr, str]:
+    """A denominator without what keeps it from being zero, and what that changes, in words."""
     match weight:
-        case ast.Call(ast.Attribute(_, "maximum" | "clip"), [inner, ast.Constant(), *_]):
-            return inner
+        case ast.Call(ast.Attribute(owner, "maximum" | "clip"), args, keywords):
+            parts = [*args, *(keyword.value for keyword in keywords)]
+            if isinstance(owner, ast.Call) or len(parts) == 1:  # a method
+                parts = [owner, *parts]
+            sums = [part for part in parts if not isinstance(part, _Atom)]
+            inner = next(
+                iter([*sums, *(x for x in parts if not isinstance(x, ast.Constant))]), weight
+            )
+            least = next(ast.unparse(part) for part in [*parts, weight] if part is not inner)
+            return inner, f"the same where its weight is 0, or {least} or more"
         case ast.Call(ast.Attribute(_, "where"), [_, inner, ast.Constant()]):
-            return inner
-        case ast.Call(ast.Attribute(_, "maximum"), [ast.Constant(), inner]):
-            return inner
-        case ast.Call(ast.Attribute(ast.Call() as inner, "clip")):
-            return inner
-        case ast.BinOp(ast.Call() as inner, ast.Add(), ast.Constant() | ast.Name()):
-            return inner
-        case ast.BinOp(ast.Constant() | ast.Name(), ast.Add(), ast.Call() as inner):
-            return inner
-    return weight
+            return inner, _AT_ZERO
+        case ast.BinOp(
+            ast.Call() as inner, ast.Add(), ast.Constant() | ast.Name() as added
+        ) | ast.BinOp(ast.Constant() | ast.Name() as added, ast.Add(), ast.Call() as inner):
+            match added:
+                case ast.Constant(int() | float() as number) if number <= _TINY:
+                    return inner, _AT_ZERO
+            return inner, f"the same where {ast.unparse(added)} is tiny beside its weight"
+    return weight, ""

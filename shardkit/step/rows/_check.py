@@ -41,7 +41,6 @@ _ESCAPE = (
 )
 _FROZEN = "accumulate=1; or sk.Loss(train, evaluate) whose evaluate leaves rows apart"
 WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
-_NO_GUARD = ", which is 0 where its weight is 0"
 _OWN_WEIGHT = "if its weight depends on the parameters"
 
 
@@ -284,7 +283,7 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
         if isinstance(part, Mixed):
             return _mixed_problem(name, part.cause, splits, whole)
     total, weight = _degree(mean.total), _degree(mean.weight)
-    if total == "anything" or total == weight:
+    if total == "anything" or total == weight != "none":
         return None
     why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
     if weight == 0 and total == 1:
@@ -297,8 +296,8 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
 def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:
     why = f"{cause}, and {splits} splits the rows"
     if cause.ratio:
-        guard = _NO_GUARD if cause.guard else ""
-        return Problem(name, why, f"{as_mean(cause.code)}{guard}; or, {_OWN_WEIGHT}, {WHOLE}")
+        mean = as_mean(cause.code, cause.guard)
+        return Problem(name, why, f"{mean}; or, {_OWN_WEIGHT}, {whole}")
     return Problem(name, why, f"{cause.fix}; or {whole}" if cause.fix else whole)
 
 

@@ -40,9 +40,11 @@ class RowCounts(NamedTuple):
 
 def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     """What a number or array of the program is, from its values on fewer and on more rows."""
-    if jax.numpy.shape(few) != jax.numpy.shape(many):
-        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
     is_key = jax.numpy.issubdtype(jax.numpy.result_type(few), jax.dtypes.prng_key)
+    if jax.numpy.shape(few) != jax.numpy.shape(many):
+        if is_key:
+            few, many = jax.random.key_data(few), jax.random.key_data(many)
+        return _grown_constant(few, many, rows)
     if few is many:  # closed over: perhaps a table on many devices
         known = not (is_key or jax.numpy.shape(few) or isinstance(few, Tracer))
         return AlwaysZero() if known and few == 0 else Constant()
@@ -51,6 +53,42 @@ def literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     degree = rows.degree(few, many)
     zero = degree == 0 and jax.numpy.shape(few) == () and few == 0
     return AlwaysZero() if zero else Constant(degree)
+
+
+def _grown_constant(few: Any, many: Any, rows: RowCounts) -> State:
+    """An array that has more entries where there are more rows, as numpy makes it.
+
+    >>> _grown_constant(np.ones((2, 3)), np.ones((4, 3)), RowCounts(2, 4))
+    Constant(degree=0)
+    >>> _grown_constant(np.arange(2)[:, None], np.arange(4)[:, None], RowCounts(2, 4))
+    PerRow(dim=0, outer=1, inner=1, degree=0, role='index')
+    """
+    if jax.numpy.ndim(few) == jax.numpy.ndim(many) and not isinstance(few, Tracer):
+        dim = next(dim for dim, n in enumerate(few.shape) if n != many.shape[dim])
+        few, many = (np.moveaxis(np.asarray(x), dim, -1) for x in (few, many))
+        if not few.any() and not many.any():
+            return AlwaysZero()
+        if all(x.size and (x == x[..., :1]).all() for x in (few, many)):
+            return literal_state(few[..., 0], many[..., 0], rows)
+        layout = _own_numbers(few, many, rows)
+        if layout is not None and few.dtype.kind in "iu":
+            return PerRow(dim, *layout, role="index")
+    return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
+
+
+def _own_numbers(few: np.ndarray, many: np.ndarray, rows: RowCounts) -> tuple[int, int] | None:
+    """How often all numbers of rows follow one another along the last dim, and each one alone.
+
+    >>> _own_numbers(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 2]), RowCounts(2, 3))
+    (1, 2)
+    """
+    inner = max(int((many.reshape(-1, many.shape[-1])[0] != 0).argmax()), 1)
+    outer = many.shape[-1] // (rows.many * inner)
+    for x, n in zip((few, many), rows, strict=True):
+        own = np.tile(np.repeat(np.arange(n), inner), outer)
+        if own.size != x.shape[-1] or (x != own).any():
+            return None
+    return outer, inner
 
 
 @dataclasses.dataclass(frozen=True)

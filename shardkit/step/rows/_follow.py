@@ -27,6 +27,9 @@ from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
 # The order of products is chosen by their sizes.
 _ONE_ORDER = "jnp.einsum(..., optimize=[(0, 1), (0, 1)]), one order of its products for any sizes"
+# Their results are as large as the axis that they name.
+_COLLECTIVES = frozenset("all_gather all_to_all reduce_scatter ppermute".split())
+_SUMS = "jax.lax.psum or pmean of sums over rows, which can be followed"
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Beside those with a rule: what JAX derives from the operations inside of them.
 _DERIVED_BY_JAX = frozenset({"scan", "while", "cond", "jit", "pjit", "checkpoint", "remat2"})
@@ -73,9 +76,11 @@ def _changed(few: core.Jaxpr, many: core.Jaxpr, rows: RowCounts) -> Mixed:
     why = f"changes with the number of rows in more than its sizes, from {rows.few} to {rows.many}"
     for one, other in itertools.zip_longest(few.eqns, many.eqns):
         if one is None or other is None or not same_operation(one, other):
-            why += f", first in {' or '.join(e.primitive.name for e in (one, other) if e)}"
+            names = [e.primitive.name for e in (one, other) if e]
+            why += f", first in {' or '.join(names)}"
             where, code = user_line(other or one)
             fix = BY_ROW if "einsum(" not in code else _ONE_ORDER
+            fix = fix if _COLLECTIVES.isdisjoint(names) else _SUMS
             return Mixed(Cause("the program", why, where, code, fix=fix))
     return Mixed(Cause("the program", why, fix=BY_ROW))
 
@@ -90,9 +95,8 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
         if isinstance(a, core.Literal) and isinstance(b, core.Literal):
             return literal_state(a.val, b.val, rows)
         if isinstance(a, core.Literal) or same[a] is not b:
-            where, code = user_line(user) if user else ("", "")
             why = f"takes something else where there are {rows.many} rows"
-            return Mixed(Cause(user.primitive.name if user else "the result", why, where, code))
+            return Mixed(Cause(user.primitive.name if user else "the result", why))
         return states[a]
 
     if len(few.eqns) != len(many.eqns):
@@ -100,8 +104,11 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> li
     for one, other in zip(few.eqns, many.eqns, strict=True):
         if not same_operation(one, other):
             return [_changed(few, many, rows)] * len(few.outvars)
-        operands = [read(a, b, one) for a, b in zip(one.invars, other.invars, strict=True)]
-        results = _follow_equation(Equation(one, other, rows), operands)
+        equation = Equation(one, other, rows)
+        pairs = zip(one.invars, other.invars, strict=True)
+        # What is mixed without a line, as a constant is, gets that of its first use.
+        operands = [equation.placed(read(a, b, one)) for a, b in pairs]
+        results = _follow_equation(equation, operands)
         states.update(zip(one.outvars, results, strict=True))
         same.update(zip(one.outvars, other.outvars, strict=True))
     return [read(a, b) for a, b in zip(few.outvars, many.outvars, strict=True)]

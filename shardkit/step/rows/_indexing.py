@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._equation import Equation
-from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, join, moved, rule
+from ._rules import NONLINEAR, TOGETHER, first_mixed, follows_count, is_place, join, moved, rule
 from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
@@ -55,13 +55,15 @@ def _look_up_in_rows(
     if operand.dim in numbers.operand_batching_dims:
         which = numbers.operand_batching_dims.index(operand.dim)
         dim = numbers.start_indices_batching_dims[which]
-        if isinstance(indices, PerRow) and (indices.dim, indices.role) != (dim, "values"):
+        own = dataclasses.replace(operand, dim=dim, degree=0)
+        if isinstance(indices, PerRow) and indices != own:
             return equation.mixed(_PICKS)
         return moved(operand, _place_dim(equation, dim))
     if operand.dim in numbers.start_index_map:
         column = numbers.start_index_map.index(operand.dim)
-        if place and place[1] == column and place[0].layout[1:] == operand.layout[1:]:
-            return PerRow(_place_dim(equation, place[0].dim), degree=operand.degree)
+        if place and place[1] == column and operand.inner == 1:  # number i is of row i
+            rows, dim = place[0], _place_dim(equation, place[0].dim)
+            return PerRow(dim, rows.outer, rows.inner, operand.degree)
     whole = sizes[operand.dim] == equation.shape(0)[operand.dim]
     kept = whole and operand.dim not in numbers.collapsed_slice_dims
     if place is None and kept and _fixed(indices):
@@ -117,7 +119,7 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
             updates = dataclasses.replace(updates, degree=getattr(operand, "degree", 0))
     numbers = equation.params["dimension_numbers"]
     place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
-    if isinstance(indices, RowSum) or any(isinstance(s, Columns) for s in (operand, updates)):
+    if isinstance(indices, RowSum) or any(is_place(s) for s in (operand, updates)):
         return [equation.mixed(_PICKS)]
     if isinstance(updates, AlwaysZero) and (adds or isinstance(operand, AlwaysZero)):
         return [operand]
@@ -126,19 +128,21 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if place is None:
         return [equation.mixed(_PICKS)]
     rows, own = place
-    kept = (
-        _batched_dim(equation, rows.dim)
-        if own is None
-        else numbers.scatter_dims_to_operand_dims[own]
-    )
+    kept, (_, outer, inner) = _batched_dim(equation, rows.dim), rows.layout
+    if own is not None:
+        kept, inner = numbers.scatter_dims_to_operand_dims[own], 1
+        outer, rest = divmod(equation.shape(0)[kept], equation.n)
+        if rest:
+            return [equation.mixed(_PICKS)]
     like = operand if isinstance(updates, AlwaysZero) else updates
     degree = like.degree if isinstance(like, Constant | PerRow | RowSum) else 0
     if isinstance(updates, RowSum):
         return [equation.mixed("puts a sum over rows into single rows")]
-    if isinstance(updates, PerRow) and updates.dim != _update_dim(equation, rows.dim):
+    at = _update_dim(equation, rows.dim), rows.outer, rows.inner
+    if isinstance(updates, PerRow) and updates.layout != at:
         return [equation.mixed(_PICKS)]
     if kept is not None:
-        out = PerRow(kept, rows.outer, rows.inner, degree)
+        out = PerRow(kept, outer, inner, degree)
         return [join(equation, [operand, out])]
     if not adds:
         over = "lets rows overwrite one another"

@@ -87,19 +87,29 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
 
 @rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
 def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    state, params = states[0], equation.params
-    wide = any(params["window_dimensions"][dim] != 1 for dim in equation.growing(0))
-    if wide and not isinstance(state, AlwaysZero | Mixed):
+    state = states[0]
+    if _goes_along_rows(equation) and not isinstance(state, AlwaysZero | Mixed):
         return [equation.mixed("goes along the rows")] * len(equation.few.outvars)
     if equation.name == "reduce_window_sum":
         return list(states)
     return elementwise(equation, states)
 
 
+def _goes_along_rows(equation: Equation) -> bool:
+    """Whether windows hold several rows, leave some out, or others come between or beside them."""
+    names = "window_dimensions window_strides base_dilation window_dilation".split()
+    params = equation.params
+    return any(
+        any(name in params and params[name][dim] != 1 for name in names)
+        or any(params["padding"][dim])
+        for dim in equation.growing(0)
+    )
+
+
 @rule("select_and_scatter_add")
 def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     source, operand, *_ = states
-    if any(equation.params["window_dimensions"][dim] != 1 for dim in equation.growing(0)):
+    if _goes_along_rows(equation):
         return [equation.mixed("goes along the rows")]
     if mixed := first_mixed(states):
         return [mixed]
@@ -126,7 +136,8 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if rest:  # a draw for two rows, as of times and of what is left of them
         why = f"draws {equation.out_shape()[dim]} numbers for {equation.n} rows"
         return [equation.mixed(why, fix="a draw for each row")]
-    return [PerRow(dim, inner=inner)]
+    # A gamma draw has parameters too.
+    return elementwise(equation, [PerRow(dim, inner=inner), *states[1:]])
 
 
 @rule("triangular_solve")

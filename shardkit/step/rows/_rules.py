@@ -183,7 +183,7 @@ def _negated(state: State) -> State:
 def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     power = equation.params.get("y", 2)
     (state,) = states
-    if isinstance(state, Mixed | AlwaysZero):
+    if isinstance(state, Mixed | AlwaysZero) or power == 1:
         return [state]
     if isinstance(state, RowSum | Columns):
         return [equation.mixed(NONLINEAR)]
@@ -218,7 +218,7 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     which, *cases = states
     if isinstance(which, RowSum | Columns):
         return [equation.mixed("chooses by a sum over rows")]
-    if isinstance(which, PerRow) and which.role == "test":
+    if isinstance(which, AlwaysZero) or (isinstance(which, PerRow) and which.role == "test"):
         return [cases[0]]  # it is false of all rows
     if follows_count(which):
         return [equation.mixed(COUNTED)]

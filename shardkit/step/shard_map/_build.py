@@ -77,6 +77,8 @@ def _match_draws(
     params, model_state, batch, key = args
 
     def total_of(params: Params, model_state: PyTree, batch: Batch, key: Key) -> jax.Array:
+        # As the keys that devices get, or JAX takes no gamma draw of what rows decide.
+        key = pvary(key, plan.row_axes)
         total, _ = local(gather_params(plan, params), model_state, batch, key)
         return pvary(total, plan.mesh.axis_names)[None]
 
