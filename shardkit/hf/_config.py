@@ -33,6 +33,7 @@ _IGNORED = (
     *("max_position_embeddings", "pretraining_tp", "transformers_version", "use_cache"),
     *("output_attentions", "output_hidden_states", "return_dict", "task_specific_params"),
     *("router_aux_loss_coef", "cache_implementation", "id2label", "label2id"),
+    *("_num_labels", "tokenizer_class", "transformers.js_config", "unsloth_*"),
 )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.io._files import local_path, os_errors_as, sync_folder
+from .._core.io._foreign import is_own
 from .._core.options import check_arguments
 from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
@@ -256,23 +257,13 @@ def _write_index(folder: Path, placed: Mapping[str, StoredTensor]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _is_own(path: Path) -> bool:
-    """Whether a file is in its folder, or a link into the blobs of the cache that the folder is of.
-
-    `huggingface_hub` caches `<model>/snapshots/<commit>/config.json -> ../../blobs/<hash>`.
-    """
-    folder, target = path.parent.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    return folder in target.parents or target.parent == blobs
-
-
 def _carry_files(model: Path, folder: Path) -> None:
     for path in sorted(model.iterdir()):
         carried = path.suffix in _CARRIED_SUFFIXES and any(matches(g, path.name) for g in _CARRIED)
-        if path.name == CONFIG and not _is_own(path):
+        if path.name == CONFIG and not is_own(path):
             why = "is a link out of the folder"
             raise CheckpointError.of(_HEADLINE, str(path), why, "a copy of what it points to")
-        if carried and path.is_file() and _is_own(path):
+        if carried and path.is_file() and is_own(path):
             if path.stat().st_size > _LARGEST_CARRIED:
                 why = f"has {path.stat().st_size} bytes: not a tokenizer"
                 raise CheckpointError.of(_HEADLINE, str(path), why, "delete it")
