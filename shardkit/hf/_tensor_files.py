@@ -162,7 +162,9 @@ def load_json(path: Path) -> dict[str, Any]:
 def _check_own(path: Path) -> None:
     check_regular(path)
     if not is_own(path):
-        raise OSError(errno.EXDEV, "is a link out of the folder; a copy of its target would be read")
+        raise OSError(
+            errno.EXDEV, "is a link out of the folder; a copy of its target would be read"
+        )
 
 
 def _read_regular(path: Path, most: int) -> bytes:
