@@ -209,7 +209,9 @@ def test_a_rule_of_its_own_that_is_not_linear_in_the_weight_is_refused():
         model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
 
 
-def test_a_weight_that_a_rule_of_its_own_returns_is_refused():
+def test_a_weight_that_a_rule_of_its_own_returns_keeps_its_adapter():
+    """As a strategy that gathers weights, and not their gradients, moves them."""
+
     @jax.custom_vjp
     def turned(w):
         return w.T
@@ -220,8 +222,13 @@ def test_a_weight_that_a_rule_of_its_own_returns_is_refused():
         lambda p, b, key: (b["x"] @ turned(p["w"])).mean(),
         {"w": (2, "oi")},
     )
-    with pytest.raises(sk.errors.StepError, match="goes into `custom_vjp_call`"):
-        model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.5, model.init(jax.random.key(0)))
+    found = jax.value_and_grad(model.loss_fn)(params, BATCH, jax.random.key(0))
+    merged = lambda p: (BATCH["x"] @ model.merge(p)["w"].T).mean()  # noqa: E731
+    want = jax.value_and_grad(merged)(params)
+    for tree in (found, want):
+        del tree[1]["w"]  # which is frozen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, want)
 
 
 def stacked(key):

@@ -143,7 +143,8 @@ class Products:
         for index, x in enumerate(added):
             if isinstance(x, Delta):
                 results[index] = results[index] + x.value.astype(results[index].dtype)
-        self._refuse(equation, [x for x in added if isinstance(x, Tracked)])
+            elif isinstance(x, Tracked):  # which the function only moved
+                results[index] = dataclasses.replace(x, value=results[index])
         return results
 
     def _scan(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
