@@ -69,6 +69,16 @@ USES = {
         lambda w, x: jnp.einsum("tab,abo->to", x.reshape(16, 2, 4), w.reshape(2, 4, 3)),
     ),
     "fused outputs": ((8, 6), "io", lambda w, x: (x @ w[:, :2]).sum() + x @ w[:, 3:]),
+    "split outputs": (
+        (8, 6),
+        "io",
+        lambda w, x: sum(jnp.tanh(x @ part).sum(1) for part in jnp.split(w, [1, 3], 1)),
+    ),
+    "split inputs": (
+        (8, 3),
+        "io",
+        lambda w, x: sum(jnp.tanh(x[:, :4] @ part) for part in jnp.split(w, 2)),
+    ),
     "a part of the inputs": ((9, 3), "io", lambda w, x: x @ w[1:]),
     "experts": ((4, 2, 3), "sio", lambda w, x: jnp.einsum("xce,xef->xcf", x.reshape(4, 16, 2), w)),
     "all experts of a token": ((4, 8, 3), "sio", lambda w, x: jnp.einsum("te,xef->txf", x, w)),
@@ -164,6 +174,27 @@ def refused_loss(params, batch, key=None):
 
     (x, _), y = jax.lax.scan(body, (batch["x"], params["carried"]), params["layers"])
     return jnp.mean(table) + jnp.mean(gated) + jnp.mean(x) + jnp.mean(y)
+
+
+def test_a_tied_weight_has_a_fix_that_works():
+    """Its two products have its dims in turn."""
+
+    def loss(params, batch, key):
+        return jnp.mean((jnp.tanh(batch["x"] @ params["w"]) @ params["w"].T) ** 2)
+
+    def adapt(rank, **options):
+        return sk.lora(lambda key: {"w": jnp.ones((8, 8))}, loss, {"w": rank}, **options)
+
+    for dims in ("io", "oi"):
+        model = adapt((2, dims))
+        with pytest.raises(sk.errors.StepError, match=r"if all its products are so, else leave it"):
+            model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
+    with pytest.raises(sk.errors.StepError, match=r'or fold=True and \(2, "io"\)'):
+        adapt(2, batch=BATCH)
+    model = adapt((2, "io"), fold=True)
+    params = model.init(jax.random.key(0))
+    want = loss(model.merge(params), BATCH, None)
+    np.testing.assert_allclose(model.loss_fn(params, BATCH, jax.random.key(0)), want, rtol=1e-6)
 
 
 def test_every_use_that_cannot_be_followed_is_in_one_error():

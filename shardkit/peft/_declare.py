@@ -155,7 +155,8 @@ def infer_from_products(
         seen = sorted(products.dims.get(one.leaf.path, {one.dims}))
         if len(seen) > 1 or not {"i", "o"} <= set(seen[0]):
             why = f"is in products whose dims are {' and '.join(map(repr, seen))}"
-            problems.append(Problem(str(one.leaf), why, "leave it out of sk.lora"))
+            fix = f'leave it out of sk.lora, or fold=True and ({one.rank}, "io") or the like'
+            problems.append(Problem(str(one.leaf), why, fix))
         complete.append(one if one.dims else dataclasses.replace(one, dims=seen[0]))
     raise_all(StepError, _HEADLINE, problems)
     return complete

@@ -25,7 +25,7 @@ from ._dropout import MaskKey
 from ._factors import AdaptedLeaf
 from ._low_rank import multiply
 from ._open_calls import PRODUCT, WeightForm, call_again
-from ._tracked import MOVES, Tracked
+from ._tracked import MOVES, Tracked, split
 
 Values = Sequence[Any]
 Key = MaskKey | None
@@ -110,7 +110,7 @@ class Products:
             run = functools.partial(self.run, params["jaxpr"], key=key, deltas=deltas)
             return jax.checkpoint(run, **options)(values)
         adapted = list(filter(_is_adapted, values))
-        if name in MOVES and len(adapted) == 1 and _is_adapted(values[0]):
+        if name in (*MOVES, "split") and len(adapted) == 1 and _is_adapted(values[0]):
             return self._move(equation, values)
         if name == "dot_general" and len(adapted) == 1 and isinstance(adapted[0], Tracked):
             return self._multiply(equation, values, key, deltas)
@@ -132,7 +132,9 @@ class Products:
         first, *rest = values
         results = _bind(equation, values)
         if isinstance(first, Delta):
-            return [dataclasses.replace(first, value=results[0])]
+            return [dataclasses.replace(first, value=result) for result in results]
+        if equation.primitive.name == "split":
+            return split(first, equation.params, results)
         moved = MOVES[equation.primitive.name](first, equation.params, rest, results[0])
         return self._refuse(equation, [first]) or results if moved is None else [moved]
 
@@ -261,7 +263,8 @@ class Products:
             self.dims.setdefault(path, set()).add(of.dims)
         elif not fits:
             why = f"has the dims {of.dims!r}, and in {_describe(equation)} they are {found!r}"
-            fix = f'({of.rank}, "{found}")' if every else "an s for the dim that is scanned"
+            fix = f'({of.rank}, "{found}") if all its products are so, else {_FOLD}'
+            fix = fix if every else "an s for the dim that is scanned"
             self.problems.append(Problem(str(of.leaf), why, fix))
         return fits
 
