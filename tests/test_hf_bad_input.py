@@ -317,7 +317,15 @@ def test_a_config_that_is_no_json_has_a_fix(text, folder):
     refused(lambda: _hf.load(folder), "config.json is not", "Fix: the file as save_pretrained")
 
 
-@pytest.mark.parametrize("table", ["llama", {"norm": 3}, {"norm": ("model.norm.weight", 3)}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "llama",
+        {"norm": 3},
+        {"norm": ("model.norm.weight", 3)},
+        {"layers/{i}/{i}": ("layers.{i}.weight", "e -> e")},
+    ],
+)
 def test_a_table_of_another_type(table, folder):
     refused(lambda: _hf.load(folder, table=table), "table", 'Fix: {"layers/query": (')
 

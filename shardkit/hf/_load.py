@@ -99,13 +99,12 @@ def load(
     folder = local_path(path, CheckpointError, headline)
     tensors = read_folder(folder)
     stored = tuple(tensors)
-    if table is None:
-        family = find_family(folder)
-        table = family.named_like(tensors)
-        tensors = {name: t for name, t in tensors.items() if not family.ignores(name)}
     layout = resolve_layout(spec, BoundSpec(spec, mesh).mesh)
     abstract, shardings = layout.state.params, layout.shardings.params
     wanted = leaves_by_path(abstract)
+    if table is None:
+        family = find_family(folder)
+        table, tensors = family.named_like(tensors), family.parameters(tensors, wanted)
     rules = partial or {}
     adapters = list_adapters(spec, wanted, rules)
     fresh_paths = [name for name in wanted if _find_source(name, rules) == FRESH]

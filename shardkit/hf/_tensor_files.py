@@ -28,6 +28,7 @@ NAMES = {name: code for code, name in DTYPES.items()}
 _METADATA = "__metadata__"
 # The library's own limit. Llama-3-405B has a header of 100 KB.
 _LARGEST_HEADER = 100_000_000
+_COMPARED = 2**24
 _LARGEST_JSON = 2**26  # an index of 100,000 tensors has 10 MB
 
 
@@ -65,6 +66,15 @@ class StoredTensor:
         # As bytes: a tensor may start at any byte.
         raw = np.memmap(self.file, np.uint8, mode, self.offset, (self.nbytes,))
         return raw.view(dtype).reshape(self.shape)
+
+
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same bytes; they are compared a few at a time."""
+    a, b = (x.map().reshape(-1).view(np.uint8) for x in (one, other))
+    starts = range(0, one.nbytes, _COMPARED)
+    return one.type == other.type and all(
+        np.array_equal(a[at : at + _COMPARED], b[at : at + _COMPARED]) for at in starts
+    )
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
