@@ -305,6 +305,10 @@ def test_two_processes_write_the_files_once_and_fail_together(launched, tmp_path
         said = json.loads((tmp_path / f"said-{process}.json").read_text())
         assert said["equal"] == [True] * 4
         elsewhere = {"again": 0, "unwritable": 0, "unreadable": 1}
+        assert "/none  is not a folder" in said["no weights"]
+        assert said["no weights"].startswith("In process 1: ") is (process == 0)
+        assert "The parameters are not those of" in said["no model"]
+        assert said["no model"].startswith("In process 0: ") is (process == 1)
         for case, failed in elsewhere.items():
             where = "" if process == failed else f"In process {failed}: "
             assert said[case].startswith(f"{where}The adapter "), said[case]

@@ -92,28 +92,31 @@ def save(
     check_arguments(CheckpointError, _HEADLINE, **counts)
     raise_all(CheckpointError, _HEADLINE, padding_problems(vocab_padding))
     target, model = (local_path(p, CheckpointError, _HEADLINE) for p in (path, like))
-    leaves = leaves_by_path(params)
-    problems = [
-        Problem(path, f"is {type(x).__name__}, not an array with values", "state.params")
-        for path, x in leaves.items()
-        if not isinstance(x, jax.Array | np.ndarray)
-    ]
-    raise_all(CheckpointError, _HEADLINE, problems)
-    problems = [Problem(str(target), "exists already")] if target.exists() else []
-    raise_all(CheckpointError, _HEADLINE, problems, "another folder")
-    has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
-    weights = read_folder(model) if has_weights else {}
-    index = read_index(model) if weights else {}
-    if table is None:
-        family = find_family(model)
-        table = family.named_like(weights)
-        weights = family.parameters(weights, leaves)
-        problems = [] if weights else _config_problems(model, leaves, vocab_padding)
-    sources, more = find_sources(table, leaves, vocab_padding)
-    types, different = _tensor_types(sources, weights)
-    problems += more + different
-    fix = "like= the folder they were loaded from; with adapters, merge(state.params) of sk.lora"
-    raise_all(CheckpointError, f"The parameters are not those of {model}.", problems, fix)
+    with collective_errors():
+        leaves = leaves_by_path(params)
+        problems = [
+            Problem(path, f"is {type(x).__name__}, not an array with values", "state.params")
+            for path, x in leaves.items()
+            if not isinstance(x, jax.Array | np.ndarray)
+        ]
+        raise_all(CheckpointError, _HEADLINE, problems)
+        problems = [Problem(str(target), "exists already")] if target.exists() else []
+        raise_all(CheckpointError, _HEADLINE, problems, "another folder")
+        has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
+        weights = read_folder(model) if has_weights else {}
+        index = read_index(model) if weights else {}
+        if table is None:
+            family = find_family(model)
+            table = family.named_like(weights)
+            weights = family.parameters(weights, leaves)
+            problems = [] if weights else _config_problems(model, leaves, vocab_padding)
+        sources, more = find_sources(table, leaves, vocab_padding)
+        types, different = _tensor_types(sources, weights)
+        problems += more + different
+        fix = (
+            "like= the folder they were loaded from; with adapters, merge(state.params) of sk.lora"
+        )
+        raise_all(CheckpointError, f"The parameters are not those of {model}.", problems, fix)
     files = _divide(types, index, weights, max_file_bytes)
     with _new_folder(target) as folder:
         placed: dict[str, StoredTensor] = {}
