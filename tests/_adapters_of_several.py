@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.lm import decoder_model
 
 LAYERS, WIDTH, INNER = 2, 16, 32
 
@@ -82,11 +83,22 @@ def main(folder: Path) -> None:
         (folder / "file").touch()
         # Only the first process finds what it looks for.
         place = folder / ("adapter" if own == 0 else "none")
+        weights = Path(__file__).parent / "data" / "hf" / ("llama" if own == 0 else "none")
+        model = decoder_model(sk.hf.decoder_config(weights.parent / "llama"))
+        spec = sk.StepSpec(
+            loss_fn=model.loss_fn,
+            init=model.init,
+            optimizer=optax.sgd(1.0),
+            batch={"inputs": jax.ShapeDtypeStruct((8, 8), "int32")},
+            strategy=sk.strategies.fsdp() | sk.strategies.tensor(),
+        )
         said = {
             "equal": equal,
             "again": refusal(lambda: LORA.save(folder / "adapter", params)),
             "unwritable": refusal(lambda: LORA.save(folder / "file" / "adapter", params)),
             "unreadable": refusal(lambda: LORA.load(place, params)),
+            "no weights": refusal(lambda: sk.hf.load(weights, spec, params["up"].sharding.mesh)),
+            "no model": refusal(lambda: sk.hf.save(folder / "out", params, like=weights)),
         }
         (folder / f"said-{own}.json").write_text(json.dumps(said))
         whole = multihost_utils.process_allgather(params["lora"], tiled=True)

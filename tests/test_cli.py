@@ -38,7 +38,15 @@ OPTIONS = {
     "report": SHARED
     | {"--why", "--target", "--chip", "--json", "--html", "--trace", "--profile", "--timeout"}
     | {"--mesh"},
-    "convert": {"-h", "--help", "--debug", "--target-mesh", "--like", "--vocab-padding"},
+    "convert": {
+        "-h",
+        "--help",
+        "--debug",
+        "--target-mesh",
+        "--like",
+        "--vocab-padding",
+        "--ignore",
+    },
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "shards": {"-h", "--help", "--debug"},

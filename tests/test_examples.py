@@ -44,8 +44,8 @@ def make_tokenizer(path, *special, start=None, characters=95):
     tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.add_special_tokens([*special])
     if start:
-        ids = [(start, tokenizer.token_to_id(start))]
-        process = tokenizers.processors.TemplateProcessing(f"{start} $A", special_tokens=ids)
+        ids = [(name, tokenizer.token_to_id(name)) for name in start.split() if name != "$A"]
+        process = tokenizers.processors.TemplateProcessing(start, special_tokens=ids)
         tokenizer.post_processor = process
     tokenizer.save(str(path))
     return str(path)
@@ -140,7 +140,7 @@ def test_the_answers_of_a_chat_count_with_the_marks_that_end_them(tmp_path):
 
 
 def test_completions_count_behind_their_prompts_and_texts_as_a_whole(tmp_path):
-    tokenizer = make_tokenizer(tmp_path / "t.json", "</s>", "<s>", start="<s>")
+    tokenizer = make_tokenizer(tmp_path / "t.json", "</s>", "<s>", start="<s> $A")
     path = write(tmp_path / "a.jsonl", COMPLETION, {"text": "xyz"})
     examples = load_examples(config(path, tokenizer=tokenizer, seq_len=16))
     decode = examples.tokenizer.decode
@@ -148,6 +148,19 @@ def test_completions_count_behind_their_prompts_and_texts_as_a_whole(tmp_path):
     assert sorted(rows) == [b"cde</s>", b"xyz</s>"]
     size = (rows[b"cde</s>"]["segment_ids"] > 0).sum()
     assert decode(rows[b"cde</s>"]["inputs"][0, :size]) == b"<s>abcde"
+
+
+def test_what_a_tokenizer_puts_behind_a_document_ends_an_answer_and_no_prompt(tmp_path):
+    file = tmp_path / "t.json"
+    tokenizer = make_tokenizer(file, "<s>", "<stop>", start="<s> $A <stop>")
+    path = write(tmp_path / "a.jsonl", COMPLETION, {"prompt": "xy", "completion": "z"})
+    examples = load_examples(config(path, tokenizer=tokenizer, seq_len=8))
+    decode = examples.tokenizer.decode
+    counted = {answers(b(0), decode) for b in (examples.batch, examples.validation_batch)}
+    assert counted == {b"cde<stop>", b"z<stop>"}
+    [prompt] = examples.prompts(1)
+    assert decode(np.array(prompt.ids)) == b"<s>" + prompt.text.encode()
+    assert examples.stop == (examples.tokenizer.end,)
 
 
 def test_a_token_across_the_beginning_of_an_answer_counts():
@@ -239,6 +252,10 @@ def test_text_is_cut_into_parts_and_long_answers_are_left_out_and_counted(tmp_pa
     assert "1 example longer than a row cut" in cut.describe()
     parts = [e for r in (cut.train_rows, cut.validation_rows) for e in r.examples]
     assert [bytes(e.ids.tolist()) for e in parts if e.where == "a.jsonl:2"] == [b"ab" + b"c" * 7]
+    late = {"prompt": "p" * 30, "completion": "c"}
+    path_of_both = write(tmp_path / "c.jsonl", long, late, COMPLETION, COMPLETION)
+    both = load_examples(config(path_of_both, seq_len=8, overlong="cut")).describe()
+    assert "2 examples longer than a row cut, 1 dropped whose answer begins behind it" in both
     with pytest.raises(DataError, match=r"a.jsonl:2  has 33 tokens; a row has 8 \+ 1") as error:
         load_examples(config(path, seq_len=8, overlong="error"))
     assert "Fix: --set data.seq_len=32, or --set data.overlong=drop or cut" in str(error.value)
@@ -256,6 +273,10 @@ def test_text_is_cut_into_parts_and_long_answers_are_left_out_and_counted(tmp_pa
         ("[1]", "is a list, not a JSON object"),
         ({"chat": 1}, "has the keys 'chat'; an example has messages, or prompt and completion, or"),
         ({"text": "a", "prompt": "b"}, "has the keys 'text', 'prompt'; an example has"),
+        ({"text": "a", "completion": "b"}, "has the keys 'text', 'completion'; an example has"),
+        ({**CHAT, "tools": [{"name": "f"}]}, "has 'tools', which no template here writes"),
+        ('{"text": "a", "text": "b"}', "is not JSON: 'text' is there twice"),
+        ('{"text": "\\ud800b"}', "'text' has half of a character, which UTF-8 cannot encode"),
         ({"text": ""}, "has an empty 'text', so nothing to learn"),
         ({"text": 5}, "'text' is a int, not text"),
         ({"prompt": "a"}, "'completion' is missing, not text"),
@@ -269,6 +290,10 @@ def test_text_is_cut_into_parts_and_long_answers_are_left_out_and_counted(tmp_pa
         (
             {"messages": [{"role": "user", "content": "a"}]},
             "has no words of the assistant, so nothing to learn",
+        ),
+        (
+            {"messages": [*CHAT["messages"], {"role": "assistant", "content": " "}]},
+            "has an empty answer, so nothing to learn",
         ),
         (
             {"messages": [*CHAT["messages"], CHAT["messages"][0]]},

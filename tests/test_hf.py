@@ -237,3 +237,15 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert _hf.bits(back) == _hf.bits(folder)
     assert main(["convert", str(folder), str(tmp_path / "x"), "--target-mesh", "rows=8"]) == 2
     assert "axis 'rows'" in capsys.readouterr().err
+
+
+def test_convert_takes_keys_that_change_no_number(tmp_path, capsys):
+    """The option that the error names."""
+    folder = shutil.copytree(_hf.ROOT / "qwen3", tmp_path / "qwen3")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "harmless": 1}))
+    mesh = ["--target-mesh", "data=2,fsdp=2,tensor=2"]
+    command = ["convert", str(folder), str(tmp_path / "run"), *mesh]
+    assert main(command) == 2
+    assert "shardkit convert ... --ignore harmless" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--ignore", "harmless"]) == 0

@@ -78,6 +78,58 @@ def test_a_truncated_and_a_wrong_shard_are_named(folder):
     refused(lambda: _hf.load(folder), SECOND, "No such file or directory")
 
 
+def test_two_sets_of_weights_in_one_folder(folder):
+    """Of which transformers reads the single file."""
+    single = folder / "model.safetensors"
+    single.write_bytes((folder / FIRST).read_bytes())
+    refused(
+        lambda: _hf.load(folder), "is there beside the files of the index", "delete it, or model"
+    )
+    single.unlink()
+    single.symlink_to("absent")
+    refused(lambda: _hf.load(folder), "is there beside the files of the index")
+    (folder / INDEX).unlink()
+    refused(lambda: _hf.load(folder), "model.safetensors cannot be read: No such file")
+    (folder / INDEX).symlink_to("absent")
+    refused(lambda: _hf.load(folder), f"{INDEX} No such file")
+
+
+def test_an_index_of_one_file_is_read(tmp_path):
+    folder = shutil.copytree(_hf.ROOT / "qwen3", tmp_path / "a")
+    names = dict.fromkeys(_hf.read_tensors(folder), "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    np.testing.assert_array_equal(_hf.load(folder)["norm"], _hf.load(_hf.ROOT / "qwen3")["norm"])
+
+
+@pytest.mark.parametrize("name", [FIRST, INDEX, "config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(name, folder, tmp_path):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    refused(lambda: _hf.load(folder), name, "is a link out of the folder")
+    # A cache of huggingface_hub has its files elsewhere.
+    cached = tmp_path / "models--x" / "snapshots" / "0a1b"
+    blobs = cached.parent.parent / "blobs"
+    shutil.copytree(folder, cached, ignore=shutil.ignore_patterns(name))
+    blobs.mkdir()
+    (tmp_path / "elsewhere").rename(blobs / "77")
+    (cached / name).symlink_to("../../blobs/77")
+    assert set(_hf.load(cached)) == {"embedding", "head", "layers", "norm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("config.json", "{"), (INDEX, '"weight_map": {'), (FIRST, "{")]
+)
+def test_a_name_that_is_twice_in_an_object(name, start, folder):
+    data = (folder / name).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0] if name == FIRST else len(data)
+    text, rest = (data[8 : 8 + size], data[8 + size :]) if name == FIRST else (data, b"")
+    key = b'"norm": 0, "norm": 1, '
+    text = text.replace(start.encode(), start.encode() + key, 1)
+    length = struct.pack("<Q", len(text)) if name == FIRST else b""
+    (folder / name).write_bytes(length + text + rest)
+    refused(lambda: _hf.load(folder), name, "not JSON: 'norm' is there twice")
+
+
 def header(length, text=b"", data=b""):
     return struct.pack("<Q", length) + text + data
 
@@ -199,6 +251,54 @@ def test_a_config_that_is_not_computed_is_refused(changes, parts, folder):
     refused(lambda: sk.hf.decoder_config(folder), *parts, error=sk.errors.ConfigError)
 
 
+FLAT = {"rope_type": "default", "rope_theta": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "part"),
+    [
+        ("gemma2", {"sliding_window_pattern": 1, "layer_types": None}, "sliding_window_pattern=1"),
+        ("gemma3", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping=3.0 is not computed"),
+        ("gemma3", {"rope_parameters": FLAT}, "rope_parameters does not say which layers"),
+        ("mixtral", {"layer_types": ["full_attention"] * 2, "sliding_window": 2}, "layer_types="),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 2}, "layer_types="),
+        ("qwen2", {"use_mrope": True}, "use_mrope=True is not computed; False is"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=True is not computed; False is"),
+        ("llama", {"rope_parameters": {**FLAT, "partial_rotary_factor": 0.5}}, "_factor': 0.5}"),
+    ],
+)
+def test_keys_that_transformers_reads_otherwise_or_not_at_all(family, changes, part, tmp_path):
+    """It ignores the first five in these families, though other families have them."""
+    folder = shutil.copytree(_hf.ROOT / family, tmp_path / family)
+    edit_json(folder / "config.json", **changes)
+    refused(lambda: sk.hf.decoder_config(folder), part, error=sk.errors.ConfigError)
+
+
+def test_keys_of_released_models_that_change_no_number(tmp_path):
+    """Those of Qwen2.5, SmolLM2 and DistilGPT-2; and of Qwen3-MoE without the width of a head."""
+    harmless = {
+        "qwen2": {"use_mrope": False},
+        "llama": {
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "transformers.js_config": {"dtype": "fp16"},
+            "unsloth_fixed": True,
+        },
+        "gpt2": {"_num_labels": 1, "tokenizer_class": None},
+    }
+    for family, keys in harmless.items():
+        folder = shutil.copytree(_hf.ROOT / family, tmp_path / family)
+        want = sk.hf.decoder_config(folder)
+        edit_json(folder / "config.json", **keys)
+        assert sk.hf.decoder_config(folder) == want
+    folder = shutil.copytree(_hf.ROOT / "qwen3_moe", tmp_path / "qwen3_moe")
+    values = json.loads((folder / "config.json").read_text())
+    del values["head_dim"], values["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps(values))
+    read = sk.hf.decoder_config(folder)
+    assert (read.head_size, read.key_heads) == (8, 4)
+
+
 def test_two_rotations_in_one_config_are_refused(folder):
     path = folder / "config.json"
     edit_json(path, rope_scaling={"type": "llama3", "factor": 8.0})
@@ -217,7 +317,15 @@ def test_a_config_that_is_no_json_has_a_fix(text, folder):
     refused(lambda: _hf.load(folder), "config.json is not", "Fix: the file as save_pretrained")
 
 
-@pytest.mark.parametrize("table", ["llama", {"norm": 3}, {"norm": ("model.norm.weight", 3)}])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "llama",
+        {"norm": 3},
+        {"norm": ("model.norm.weight", 3)},
+        {"layers/{i}/{i}": ("layers.{i}.weight", "e -> e")},
+    ],
+)
 def test_a_table_of_another_type(table, folder):
     refused(lambda: _hf.load(folder, table=table), "table", 'Fix: {"layers/query": (')
 

@@ -43,6 +43,40 @@ def test_parameters_that_config_json_does_not_describe(changes, expected, params
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("leaf", "why"),
+    [
+        (jax.ShapeDtypeStruct((32,), np.float32), r"norm +is ShapeDtypeStruct, not an array"),
+        (1.0, r"norm +is float, not an array with values"),
+    ],
+)
+def test_leaves_without_values_are_no_export(leaf, why, params, tmp_path):
+    with pytest.raises(CheckpointError, match=why):
+        sk.hf.save(tmp_path / "out", {**params, "norm": leaf}, like=LLAMA)
+    with pytest.raises(CheckpointError, match=r"max_file_bytes +expected int, got '5GB'"):
+        sk.hf.save(tmp_path / "out", params, like=LLAMA, max_file_bytes="5GB")
+    with pytest.raises(CheckpointError, match=r"lora/a .*\nFix: like= the folder they were"):
+        sk.hf.save(tmp_path / "out", {**params, "lora": {"a": params["norm"]}}, like=LLAMA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_that_a_file_repeats(tmp_path):
+    """As DeepSpeed writes it. Transformers ties it where both are equal, and only there."""
+    folder = shutil.copytree(_hf.ROOT / "qwen2", tmp_path / "qwen2")
+    tensors = _hf.read_tensors(folder)
+    table = tensors["model.embed_tokens.weight"]
+    _hf.write_tensors(folder / "model.safetensors", {**tensors, "lm_head.weight": table})
+    params = _hf.load(folder)
+    sk.hf.save(tmp_path / "out", params, like=folder)
+    found = _hf.read_tensors(tmp_path / "out")
+    assert found.keys() == tensors.keys()
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(found[name], x)
+    _hf.write_tensors(folder / "model.safetensors", {**tensors, "lm_head.weight": table + 1})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight +is f32\[98,32\], and no parameter"):
+        _hf.load(folder)
+
+
 def test_some_parameters_alone_are_no_export(params, tmp_path):
     like, some = config_only(tmp_path / "like"), {"embedding": params["embedding"]}
     with pytest.raises(CheckpointError, match=r"norm +is absent, and f32\[32\] by config.json"):

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit.lm import DecoderConfig, decoder_model
 from shardkit.parallel.expert import _expert
 
 from .test_expert_parallel import exchanged
@@ -238,3 +239,45 @@ def test_products_with_other_rows_than_those_of_an_expert_are_refused():
     lora = sk.lora(lambda key: weights, loss, {"w": (2, "sio")}, dropout=RATE)
     with pytest.raises(sk.errors.StepError, match=r"w f32\[1,4,4\] .*with other rows than"):
         lora.loss_fn(lora.init(jax.random.key(0)), jnp.ones((2, 3, 4)), jax.random.key(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [False, True])
+def test_devices_with_parts_of_a_weight_drop_what_one_device_drops(sequence):
+    """Of products split by outputs all have the whole input, of those by inputs a part of it."""
+    sizes = {"vocab": 16, "embed_dim": 8, "num_layers": 1, "num_heads": 4, "mlp_dim": 16}
+    model = decoder_model(DecoderConfig(**sizes))
+    tokens = np.random.default_rng(0).integers(0, 16, (4, 8)).astype("i4")
+    batch = {"inputs": tokens, "targets": tokens[:, ::-1], "weights": np.ones((4, 8), "f")}
+    ranks = {f"layers/{name}": 2 for name in ("query", "out", "up", "down")}
+    tuned = sk.lora(model.init, model.loss_fn, ranks, batch=batch, dropout=RATE)
+
+    def run(strategy, sizes, **options):
+        mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
+        spec = sk.StepSpec(
+            loss_fn=tuned.loss_fn,
+            init=tuned.init,
+            optimizer=SGD,
+            batch=batch,
+            strategy=strategy,
+            **options,
+        )
+        step, draw = spec.compile(mesh), np.random.default_rng(1).normal
+        state = step.init(jax.random.key(0))
+        lora = jax.tree.map(
+            lambda x: jax.device_put(draw(size=x.shape).astype("f") / 4, x.sharding),
+            state.params["lora"],
+        )
+        state = dataclasses.replace(state, params={**state.params, "lora": lora})
+        metrics, gradients = step.gradients(state, batch)
+        return float(metrics["loss"]), gradients["lora"]
+
+    loss, want = run(S.data(), {"data": 1})
+    strategy = S.data() | S.tensor(sequence=sequence)
+    found, gradients = run(strategy, {"data": 2, "tensor": 2}, mode="shard_map")
+    assert found == pytest.approx(loss, rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * abs(b).max()),
+        gradients,
+        jax.device_get(want),
+    )

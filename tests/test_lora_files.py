@@ -115,6 +115,56 @@ def test_a_name_that_ends_another_keeps_its_own_rank(alpha, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path, params), params)
 
 
+def test_an_alpha_of_each_module_is_read_and_written(tmp_path):
+    """PEFT's `alpha_pattern`, as the fix of an error says it."""
+
+    def adapt(alpha):
+        shapes = {"up": (4, 6), "down": (6, 4), "head": (4, 4)}
+        draw = np.random.default_rng(0).normal
+        return sk.lora(
+            lambda key: {name: draw(size=shape).astype("f") for name, shape in shapes.items()},
+            lambda p, b, k: ((b @ p["up"] @ p["down"] @ p["head"]) ** 2).mean(),
+            {"**": 2},
+            alpha=alpha,
+        )
+
+    model = adapt({"up": 8, "down": 3.0, "**": None})
+    assert [(one.leaf.path, one.scale) for one in model.adapted] == [
+        ("down", 1.5),
+        ("head", 1.0),
+        ("up", 4.0),
+    ]
+    params = jax.tree.map(jax.numpy.ones_like, model.init(jax.random.key(0)))
+    x = np.ones((3, 4), "f")
+    w = {n: params[n] + s * 2 for n, s in (("up", 4), ("down", 1.5), ("head", 1))}
+    want = ((x @ w["up"] @ w["down"] @ w["head"]) ** 2).mean()
+    np.testing.assert_allclose(model.loss_fn(params, x, jax.random.key(1)), want, rtol=1e-5)
+    model.save(tmp_path, params)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (3.0, {"^head": 2.0, "^up": 8.0})
+    jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path, params), params)
+    with pytest.raises(sk.errors.CheckpointError) as error:
+        adapt(3).load(tmp_path, params)
+    for line in ("sk.lora(..., alpha={'up': 8})", "sk.lora(..., alpha={'head': 2})"):
+        assert line in str(error.value)
+    for alpha, why in (
+        ({"nope": 8}, "'nope' +matches none of the 3 parameters"),
+        ({"**": 8, "up": 4}, "'up' +decides nothing"),
+        ({"up": -1}, "'up': -1 +is not a positive and finite number"),
+        ({"up": "8"}, "alpha +expected"),
+    ):
+        with pytest.raises(sk.errors.StepError, match=why):
+            adapt(alpha)
+
+
+def test_weights_that_peft_saves_beside_an_adapter_have_a_fix(saved):
+    """It saves an embedding or a head as a whole if it is adapted."""
+    name = "base_model.model.lm_head.base_layer.weight"
+    change(saved, **{name: np.zeros((4, 4), "f")})
+    with pytest.raises(sk.errors.CheckpointError, match="save_embedding_layers=False"):
+        load(saved)
+
+
 def change(folder, **tensors):
     all_of_them = {**load_file(folder / WEIGHTS), **tensors}
     save_file({k: v for k, v in all_of_them.items() if v is not None}, folder / WEIGHTS)
@@ -255,6 +305,10 @@ def test_two_processes_write_the_files_once_and_fail_together(launched, tmp_path
         said = json.loads((tmp_path / f"said-{process}.json").read_text())
         assert said["equal"] == [True] * 4
         elsewhere = {"again": 0, "unwritable": 0, "unreadable": 1}
+        assert "/none  is not a folder" in said["no weights"]
+        assert said["no weights"].startswith("In process 1: ") is (process == 0)
+        assert "The parameters are not those of" in said["no model"]
+        assert said["no model"].startswith("In process 0: ") is (process == 1)
         for case, failed in elsewhere.items():
             where = "" if process == failed else f"In process {failed}: "
             assert said[case].startswith(f"{where}The adapter "), said[case]

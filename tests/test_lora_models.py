@@ -69,6 +69,16 @@ USES = {
         lambda w, x: jnp.einsum("tab,abo->to", x.reshape(16, 2, 4), w.reshape(2, 4, 3)),
     ),
     "fused outputs": ((8, 6), "io", lambda w, x: (x @ w[:, :2]).sum() + x @ w[:, 3:]),
+    "split outputs": (
+        (8, 6),
+        "io",
+        lambda w, x: sum(jnp.tanh(x @ part).sum(1) for part in jnp.split(w, [1, 3], 1)),
+    ),
+    "split inputs": (
+        (8, 3),
+        "io",
+        lambda w, x: sum(jnp.tanh(x[:, :4] @ part) for part in jnp.split(w, 2)),
+    ),
     "a part of the inputs": ((9, 3), "io", lambda w, x: x @ w[1:]),
     "experts": ((4, 2, 3), "sio", lambda w, x: jnp.einsum("xce,xef->xcf", x.reshape(4, 16, 2), w)),
     "all experts of a token": ((4, 8, 3), "sio", lambda w, x: jnp.einsum("te,xef->txf", x, w)),
@@ -166,6 +176,27 @@ def refused_loss(params, batch, key=None):
     return jnp.mean(table) + jnp.mean(gated) + jnp.mean(x) + jnp.mean(y)
 
 
+def test_a_tied_weight_has_a_fix_that_works():
+    """Its two products have its dims in turn."""
+
+    def loss(params, batch, key):
+        return jnp.mean((jnp.tanh(batch["x"] @ params["w"]) @ params["w"].T) ** 2)
+
+    def adapt(rank, **options):
+        return sk.lora(lambda key: {"w": jnp.ones((8, 8))}, loss, {"w": rank}, **options)
+
+    for dims in ("io", "oi"):
+        model = adapt((2, dims))
+        with pytest.raises(sk.errors.StepError, match=r"if all its products are so, else leave it"):
+            model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
+    with pytest.raises(sk.errors.StepError, match=r'or fold=True and \(2, "io"\)'):
+        adapt(2, batch=BATCH)
+    model = adapt((2, "io"), fold=True)
+    params = model.init(jax.random.key(0))
+    want = loss(model.merge(params), BATCH, None)
+    np.testing.assert_allclose(model.loss_fn(params, BATCH, jax.random.key(0)), want, rtol=1e-6)
+
+
 def test_every_use_that_cannot_be_followed_is_in_one_error():
     shapes = {"table": (6, 8), "wrong": (8, 3), "scaled": (8, 8), "carried": (8, 8)}
     shapes |= {"layers": (2, 8, 3), "unused": (8, 8)}
@@ -209,7 +240,9 @@ def test_a_rule_of_its_own_that_is_not_linear_in_the_weight_is_refused():
         model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
 
 
-def test_a_weight_that_a_rule_of_its_own_returns_is_refused():
+def test_a_weight_that_a_rule_of_its_own_returns_keeps_its_adapter():
+    """As a strategy that gathers weights, and not their gradients, moves them."""
+
     @jax.custom_vjp
     def turned(w):
         return w.T
@@ -220,8 +253,13 @@ def test_a_weight_that_a_rule_of_its_own_returns_is_refused():
         lambda p, b, key: (b["x"] @ turned(p["w"])).mean(),
         {"w": (2, "oi")},
     )
-    with pytest.raises(sk.errors.StepError, match="goes into `custom_vjp_call`"):
-        model.loss_fn(model.init(jax.random.key(0)), BATCH, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.5, model.init(jax.random.key(0)))
+    found = jax.value_and_grad(model.loss_fn)(params, BATCH, jax.random.key(0))
+    merged = lambda p: (BATCH["x"] @ model.merge(p)["w"].T).mean()  # noqa: E731
+    want = jax.value_and_grad(merged)(params)
+    for tree in (found, want):
+        del tree[1]["w"]  # which is frozen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, want)
 
 
 def stacked(key):

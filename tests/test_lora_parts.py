@@ -263,3 +263,25 @@ def test_a_derivative_and_a_vmap_of_ones_own_are_around_a_part_as_ever():
     found = jax.value_and_grad(lambda p: model.loss_fn({**params, **p}, x, None))(weights)
     want = jax.value_and_grad(lambda p: plain(p, x))(weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, want)
+
+
+def test_adapters_of_weights_that_stay_gathered_from_forward_to_backward():
+    def loss(params, batch, key):
+        w = sk.nn.use_param(params["w"], "embed", "mlp")
+        return jnp.mean((jnp.tanh(batch["x"] @ w) @ jnp.ones((HIDDEN, 5)) - batch["y"]) ** 2)
+
+    start = jax.random.normal(jax.random.key(0), (WIDTH, HIDDEN)) / 4
+    tuned = sk.lora(
+        lambda key: {"w": sk.WithAxes(start, ("embed", "mlp"))}, loss, {"w": RANK}, batch=BATCH
+    )
+    strategy = lambda: S.fsdp(min_size=0, reshard_after_forward=False)  # noqa: E731
+    params = {"w": start, "lora": {"w": {"a": start[:, :RANK], "b": start[:RANK]}}}
+    step, state = start_at(params, tuned, strategy, {"fsdp": 4}, remat="full")
+    metrics, gradients = step.gradients(state, BATCH)
+    by_hand = lambda ab: loss({"w": start + ab["a"] @ ab["b"]}, BATCH, None)  # noqa: E731
+    value, want = jax.value_and_grad(by_hand)(params["lora"]["w"])
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    for name, gradient in want.items():
+        np.testing.assert_allclose(
+            gradients["lora"]["w"][name], gradient, rtol=1e-5, atol=1e-6 * abs(gradient).max()
+        )

@@ -118,6 +118,19 @@ def test_many_leaves_with_nothing_in_common_are_counted():
     assert "fresh=step.init(key)) with 78 more leaves in partial" in text
 
 
+def test_the_moments_of_another_trained_part_are_not_those_of_this_one(tmp_path):
+    """Both parts are in the checkpoint and in the state; renamed moments would be wrong ones."""
+    params, (one, other) = arrays("up", "down"), (arrays("up"), arrays("down"))
+    with sk.Checkpointer(tmp_path) as saver:
+        saver.save(1, {"params": params, "mu": one, "nu": one})
+    wanted = {"params": params, "mu": other, "nu": other}
+    calls = advice(tmp_path, wanted)
+    assert not any("rename" in call for call in calls)
+    found = followed(tmp_path, wanted, calls[0])
+    np.testing.assert_array_equal(found["mu"]["down"], 0)
+    np.testing.assert_array_equal(found["params"]["up"], params["up"])
+
+
 @pytest.mark.parametrize(
     ("rename", "why"),
     [

@@ -122,8 +122,11 @@ def _find_renames(
     """Returns `{glob: new path}`, and `{saved path: path in the state}` of leaves that they rename.
 
     A rule is made of one leaf and the one of its type whose name is most alike, and taken if all
-    that it renames becomes a leaf that the checkpoint lacks, of the same type.
+    that it renames becomes a leaf that the checkpoint lacks, of the same type. If leaves that match
+    have both names, nothing was renamed: another part is trained, and has moments.
     """
+    split = [path.split("/") for path in {*saved, *wanted} - set(bad)]
+    matching = {"/".join(segments[n:]) for segments in split for n in range(len(segments))}
     types = {path: short_type(x.shape, str(x.dtype)) for path, x in wanted.items() if path in bad}
     lacked = [path for path in types if path not in saved]
     unused = {path for path in saved if path in bad and path not in wanted}
@@ -147,7 +150,12 @@ def _find_renames(
             break
         tried.add(path)
         same_type = [old for old in saved if old in unused and saved[old].type == types[path]]
-        likeness = {old: (_shared_ends(old, path), _likeness(old, path)) for old in same_type}
+        moves = {old: _shared_ends(old, path) for old in same_type}
+        likeness = {
+            old: (ends, _likeness(old, path))
+            for old, ends in moves.items()
+            if not all("/".join(p.split("/")[ends[1] :]) in matching for p in (old, path))
+        }
         old = max(likeness, key=likeness.__getitem__, default="")
         if old and (any(likeness[old][0]) or likeness[old][1] >= 0.5):
             found = {rule: rename_all(rule) for rule in _renames(old, path)}

@@ -7,11 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._core.errors import CheckpointCorruptedError, CheckpointError
-
-_ERRORS: dict[str, type[CheckpointError]] = {
-    error.__name__: error for error in (CheckpointError, CheckpointCorruptedError)
-}
+from .._core import errors
+from .._core.errors import ShardkitError
 
 
 def has_several_processes() -> bool:
@@ -32,15 +29,15 @@ def collective_errors() -> Iterator[None]:
     Every process must enter it, in its main thread.
 
     Raises:
-      CheckpointError: that of the process with the lowest number that raised one.
+      ShardkitError: that of the process with the lowest number that raised one.
     """
     if not has_several_processes():
         yield
         return
-    raised: CheckpointError | None = None
+    raised: ShardkitError | None = None
     try:
         yield
-    except CheckpointError as error:
+    except ShardkitError as error:
         raised = error
     texts = _gather_texts("" if raised is None else f"{type(raised).__name__}\n{raised}")
     process = next((i for i, text in enumerate(texts) if text), None)
@@ -49,7 +46,7 @@ def collective_errors() -> Iterator[None]:
     if raised is not None and process == jax.process_index():
         raise raised
     kind, _, message = texts[process].partition("\n")
-    raise _ERRORS[kind](f"In process {process}: {message}")
+    raise getattr(errors, kind, ShardkitError)(f"In process {process}: {message}")
 
 
 def share_text(text: str) -> str:

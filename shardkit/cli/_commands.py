@@ -242,6 +242,13 @@ COMMANDS: tuple[Command, ...] = (
                 metavar="N",
                 help="rows of the tables that no token has, model.vocab_padding (0)",
             ),
+            option(
+                "--ignore",
+                action="append",
+                default=[],
+                metavar="KEY",
+                help="key of config.json that is known to change no number, model.ignore",
+            ),
         ),
         takes_config=False,
         examples=(

@@ -3,7 +3,7 @@
 import argparse
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     mesh_spec = apply_overrides(Config(), [f"mesh={text}"]).mesh if text else MeshSpec(fsdp=1)
     simulate_devices(mesh_spec.size)
     mesh = mesh_spec.build(f"cpu:{mesh_spec.size}")
-    params = _import(source, out, mesh, arguments.vocab_padding)
+    params = _import(source, out, mesh, arguments.vocab_padding, ignore=arguments.ignore)
     console.print(f"{out}: {_describe(params)}, step 0 in the layout of {format_mesh(mesh.shape)}")
     return 0
 
@@ -54,9 +54,9 @@ def _describe(params: Any) -> str:
     return f"{sum(x.size for x in leaves):,} parameters, {size}"
 
 
-def _import(source: Path, out: Path, mesh: Mesh, padding: int) -> Any:
+def _import(source: Path, out: Path, mesh: Mesh, padding: int, *, ignore: Sequence[str]) -> Any:
     """Saves the weights of a Hugging Face folder as step 0 of a checkpoint folder."""
-    model = decoder_model(decoder_config(source, vocab_padding=padding))
+    model = decoder_model(decoder_config(source, ignore=ignore, vocab_padding=padding))
     tokens = jax.ShapeDtypeStruct((mesh.size, 8), np.int32)
     spec = StepSpec(
         loss_fn=model.loss_fn,

@@ -1,7 +1,6 @@
 """Examples from JSON lines: chats, prompts with completions, and plain text, one a line."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any
 
 from .._core.errors import DataError, Problem, count, raise_all
 from .._core.io._files import check_regular, local_path, os_errors_as
+from .._core.io._foreign import parse_json
 
 ANSWERS = ("assistant", "completion", "text")
 """Roles whose words count in the loss."""
 
+_KEYS = (("messages",), ("prompt", "completion"), ("text",))
+_TOOLS = ("tools", "functions", "documents")
 _ROLES = ("system", "user", "assistant")
 _SUFFIXES = (".jsonl", ".ndjson", ".json")
 _SHOWN = 10
@@ -115,18 +117,18 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def _parse_line(line: str) -> tuple[Turn, ...]:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise _BadLineError(f"is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise _BadLineError(f"is a {type(values).__name__}, not a JSON object")
-    forms = [
-        form for form in (("messages",), ("prompt", "completion"), ("text",)) if form[0] in values
-    ]
+    forms = [form for form in _KEYS if any(key in values for key in form)]
     if len(forms) != 1:
         keys = ", ".join(map(repr, values)) or "none"
         wanted = "messages, or prompt and completion, or text"
         raise _BadLineError(f"has the keys {keys}; an example has {wanted}")
+    if extra := [key for key in _TOOLS if values.get(key)]:
+        raise _BadLineError(f"has {extra[0]!r}, which no template here writes")
     if forms[0] == ("messages",):
         return _parse_messages(values["messages"])
     turns = tuple(Turn(key, _text(values, key, f"{key!r}")) for key in forms[0])
@@ -150,8 +152,9 @@ def _parse_messages(messages: Any) -> tuple[Turn, ...]:
             raise _BadLineError(f"{what} has {extra[0]!r}, which no template here writes")
         turns.append(Turn(role, _text(message, "content", f"the content of {what}")))
     answers = [turn for turn in turns if turn.is_answer]
-    if not any(turn.content for turn in answers):
-        raise _BadLineError("has no words of the assistant, so nothing to learn")
+    if not answers or any(not turn.content.strip() for turn in answers):
+        found = "an empty answer" if answers else "no words of the assistant"
+        raise _BadLineError(f"has {found}, so nothing to learn")
     if any(turn.role == "system" for turn in turns[1:]):
         raise _BadLineError("has a system message that is not the first")
     return tuple(turns)
@@ -162,4 +165,6 @@ def _text(values: Mapping[str, Any], key: str, what: str) -> str:
     if not isinstance(value, str):
         kind = "missing" if key not in values else f"a {type(value).__name__}"
         raise _BadLineError(f"{what} is {kind}, not text")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise _BadLineError(f"{what} has half of a character, which UTF-8 cannot encode")
     return value

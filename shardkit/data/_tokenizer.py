@@ -121,10 +121,20 @@ class FileTokenizer:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @functools.cached_property
+    def _behind(self) -> list[int]:
+        """Ids that the tokenizer itself puts behind a document."""
+        probe = self._tokenizer.encode("a")
+        last = max(
+            (i for i, added in enumerate(probe.special_tokens_mask) if not added), default=-1
+        )
+        return probe.ids[last + 1 :] if last >= 0 else []
+
+    @functools.cached_property
     def _properties(self) -> tuple[str, int, int | None]:
         ids = self.tokens
         name = f"{self.path.name} {zlib.crc32(self.path.read_bytes()):08x}"
         end = next((ids[end] for end in _END_NAMES if end in ids), None)
+        end = self._behind[-1] if self._behind else end
         return name, max(ids.values(), default=-1) + 1, end
 
     @property
@@ -139,7 +149,7 @@ class FileTokenizer:
 
     @property
     def end(self) -> int | None:
-        """The id of the tokenizer's first token that is in `_END_NAMES`."""
+        """What the tokenizer itself puts behind a document, else its first of `_END_NAMES`."""
         return self._properties[2]
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -151,12 +161,15 @@ class FileTokenizer:
     def encode_spans(self, texts: Sequence[str], start: bool = False) -> list[Encoded]:
         """Returns the ids of each text, and the characters that each id stands for.
 
-        Without `start` the first of a text is not what the tokenizer starts documents with.
+        Without `start` the first of a text is not what the tokenizer starts documents with. The
+        last is never what it ends them with: an example may be the beginning of one.
         """
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=start)
+        added = len(self._behind) if start else 0
         return [
-            (np.asarray(e.ids, np.uint32), np.asarray(e.offsets, np.int64).reshape(-1, 2))
+            (np.asarray(e.ids, np.uint32)[:n], np.asarray(e.offsets, np.int64).reshape(-1, 2)[:n])
             for e in encodings
+            for n in (len(e.ids) - added,)
         ]
 
     def decode(self, ids: np.ndarray) -> bytes:

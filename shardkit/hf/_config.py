@@ -33,6 +33,7 @@ _IGNORED = (
     *("max_position_embeddings", "pretraining_tp", "transformers_version", "use_cache"),
     *("output_attentions", "output_hidden_states", "return_dict", "task_specific_params"),
     *("router_aux_loss_coef", "cache_implementation", "id2label", "label2id"),
+    *("_num_labels", "tokenizer_class", "transformers.js_config", "unsloth_*"),
 )
 
 
@@ -84,7 +85,8 @@ def decoder_config(
         Problem(
             f"{key}={values[key]!r}",
             f"is not a key of {family.model_type} that shardkit knows.{did_you_mean(key, known)}",
-            f"sk.hf.decoder_config(folder, ignore=[{key!r}]) if it changes no number",
+            f"if it changes no number sk.hf.decoder_config(folder, ignore=[{key!r}]), "
+            f"--set model.ignore={key} of a run, or shardkit convert ... --ignore {key}",
         )
         for key in unknown
     ]

@@ -1,11 +1,12 @@
 """`ModelFamily`: what distinguishes one kind of Hugging Face model, as data."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ..rules import matches
 from ._table import Table
+from ._tensor_files import StoredTensor, equal
 
 Reader = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Takes its keys out of the values of `config.json`; returns fields of `DecoderConfig`."""
@@ -54,9 +55,22 @@ class ModelFamily:
         short = {leaf: (n.removeprefix(self.prefix), p) for leaf, (n, p) in self.tensors.items()}
         return short
 
-    def ignores(self, tensor: str) -> bool:
-        """Whether a tensor is no parameter."""
-        return any(matches(glob, tensor) for glob in self.ignored_tensors)
+    def parameters(
+        self, tensors: Mapping[str, StoredTensor], leaves: Container[str]
+    ) -> dict[str, StoredTensor]:
+        """Returns the tensors that are parameters of a model with these leaves.
+
+        Others are `ignored_tensors`, and a head that repeats the embedding it is tied to.
+        """
+        table = self.named_like(tensors)
+        embedding, head = (table[leaf][0] for leaf in ("embedding", "head"))
+        pair = [tensors[name] for name in (embedding, head) if name in tensors]
+        repeated = {head} if "head" not in leaves and len(pair) == 2 and equal(*pair) else ()
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in repeated and not any(matches(g, name) for g in self.ignored_tensors)
+        }
 
     def module_name(self, leaf: str) -> str:
         """Returns the name of the module that holds a leaf, with `{i}` for the layer.

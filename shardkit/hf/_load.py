@@ -15,6 +15,7 @@ from .._core.io._files import local_path
 from .._core.options import check_arguments
 from .._core.tree import leaves_by_path
 from .._core.types import Key, Params
+from ..checkpoint._collective_errors import collective_errors
 from ..checkpoint._match import DROP, FRESH, SAVED
 from ..checkpoint._restore import RestoreRequest
 from ..rules import matches
@@ -49,7 +50,7 @@ def load(
     """Reads the weights of a folder into the layout of a step.
 
     Each device reads only its slices, from mapped files. The host holds one shard at a time beside
-    the result.
+    the result. Several processes make the call together, and fail together.
 
         model = shardkit.lm.decoder_model(sk.hf.decoder_config(folder))
         spec = sk.StepSpec(loss_fn=model.loss_fn, init=model.init, ...)
@@ -96,35 +97,36 @@ def load(
         partial=(partial, Mapping[str, str] | None),
     )
     raise_all(CheckpointError, headline, padding_problems(vocab_padding))
-    folder = local_path(path, CheckpointError, headline)
-    tensors = read_folder(folder)
-    stored = tuple(tensors)
-    if table is None:
-        family = find_family(folder)
-        table = family.named_like(tensors)
-        tensors = {name: t for name, t in tensors.items() if not family.ignores(name)}
-    layout = resolve_layout(spec, BoundSpec(spec, mesh).mesh)
-    abstract, shardings = layout.state.params, layout.shardings.params
-    wanted = leaves_by_path(abstract)
-    rules = partial or {}
-    adapters = list_adapters(spec, wanted, rules)
-    fresh_paths = [name for name in wanted if _find_source(name, rules) == FRESH]
-    fresh_paths += adapters
-    sources, problems = find_sources(table, wanted, vocab_padding)
-    problems = [problem for problem in problems if problem.subject not in fresh_paths]
-    problems += adapter_problems(adapters, key)
-    problems += _dead_globs(rules, cast, tuple(wanted), stored)
-    problems += _find_problems(sources, tensors, fresh_paths, rules, cast)
-    fix = "the DecoderConfig of sk.hf.decoder_config(folder), or partial={...}"
-    raise_all(CheckpointError, f"{folder} does not fit the parameters.", problems, fix)
+    with collective_errors():
+        folder = local_path(path, CheckpointError, headline)
+        tensors = read_folder(folder)
+        stored = tuple(tensors)
+        layout = resolve_layout(spec, BoundSpec(spec, mesh).mesh)
+        abstract, shardings = layout.state.params, layout.shardings.params
+        wanted = leaves_by_path(abstract)
+        if table is None:
+            family = find_family(folder)
+            table, tensors = family.named_like(tensors), family.parameters(tensors, wanted)
+        rules = partial or {}
+        adapters = list_adapters(spec, wanted, rules)
+        fresh_paths = [name for name in wanted if _find_source(name, rules) == FRESH]
+        fresh_paths += adapters
+        sources, problems = find_sources(table, wanted, vocab_padding)
+        problems = [problem for problem in problems if problem.subject not in fresh_paths]
+        problems += adapter_problems(adapters, key)
+        problems += _dead_globs(rules, cast, tuple(wanted), stored)
+        problems += _find_problems(sources, tensors, fresh_paths, rules, cast)
+        fix = "the DecoderConfig of sk.hf.decoder_config(folder), or partial={...}"
+        raise_all(CheckpointError, f"{folder} does not fit the parameters.", problems, fix)
     named = [name for name in fresh_paths if name not in adapters]
     leaves = RestoreRequest(abstract, shardings, fresh=fresh).fresh_leaves(named)
     by_path = leaves_by_path(shardings)
     if key is not None and adapters:
         leaves |= draw_adapters(spec, mesh, {name: by_path[name] for name in adapters}, key)
-    for name, source in sources.items():
-        if name not in leaves:
-            leaves[name] = _read_leaf(source, tensors, by_path[name])
+    with collective_errors():
+        for name, source in sources.items():
+            if name not in leaves:
+                leaves[name] = _read_leaf(source, tensors, by_path[name])
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
 
 

@@ -4,7 +4,7 @@ Each takes its keys out of the values and returns fields of `DecoderConfig`.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._family import Reader
@@ -40,6 +40,8 @@ def read_rope(values: dict[str, Any]) -> Mapping[str, Any]:
         local = sliding.pop("rope_theta", local)
         if sliding.pop("rope_type", "default") != "default" or sliding:
             raise Unread("rope_parameters.sliding_attention", f"is scaled: {sliding}")
+    elif new and local is not None:
+        raise Unread("rope_parameters", f"does not say which layers it is for: {new}")
     scaling = {"rope_type" if key == "type" else key: x for key, x in scaling.items()}
     for key, value in scaling.items() if new else ():
         # Which of the two transformers reads differs from version to version.
@@ -66,20 +68,24 @@ def _read_scaling(rope: dict[str, Any]) -> dict[str, Any]:
             fields["rope_bands"] = (float(low), float(high), int(length))
     except (KeyError, TypeError, ValueError) as error:
         raise Unread(f"rope_type={kind!r}", f"lacks a number: {error}") from None
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    if rope:
         raise Unread("rope_scaling", f"has what a rotation of kind {kind!r} does not: {rope}")
     return fields
 
 
-def _read_window(values: dict[str, Any], otherwise: str) -> Mapping[str, Any]:
+def _read_window(
+    values: dict[str, Any], otherwise: str, by_type: bool, periods: Sequence[str]
+) -> Mapping[str, Any]:
     """Reads which layers see a window: from `layer_types`, else as the family does."""
     window = values.pop("sliding_window", None)
     if not values.pop("use_sliding_window", True):
         window = None
-    types, number = values.pop("layer_types", None), values.get("num_hidden_layers", 0)
-    first = values.pop("max_window_layers", 0)
-    old, new = (values.pop(f"{start}sliding_window_pattern", None) for start in ("", "_"))
-    period = old or new or {"every second": 2, "five of six": 6}.get(otherwise, 0)
+    first, number = values.pop("max_window_layers", 0), values.get("num_hidden_layers", 0)
+    types = values.pop("layer_types", None) if by_type else None
+    given = [values.pop(key, None) for key in periods]
+    period = next(filter(None, given), {"every second": 2, "five of six": 6}.get(otherwise, 0))
     if types is not None:
         if unknown := sorted(set(types) - {FULL, SLIDING}):
             raise Unread("layer_types", f"has {', '.join(map(repr, unknown))}")
@@ -95,17 +101,19 @@ def _read_window(values: dict[str, Any], otherwise: str) -> Mapping[str, Any]:
     return {"window": window, "global_layers": tuple(far)}
 
 
-def window_reader(otherwise: str) -> Reader:
+def window_reader(otherwise: str, *, by_type: bool = True, periods: Sequence[str] = ()) -> Reader:
     """Returns a reader of the layers that see a window.
 
     Args:
       otherwise: which do where `layer_types` is absent: `"all"`, `"late"` for those from
         `max_window_layers` on, `"every second"`, or `"five of six"`.
+      by_type: whether the family has `layer_types`.
+      periods: keys of a number that takes the place of 2 or 6.
 
     >>> window_reader("every second")({"sliding_window": 8, "num_hidden_layers": 4})
     {'window': 8, 'global_layers': (1, 3)}
     """
-    return functools.partial(_read_window, otherwise=otherwise)
+    return functools.partial(_read_window, otherwise=otherwise, by_type=by_type, periods=periods)
 
 
 def read_query_scale(values: dict[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.io._files import local_path, os_errors_as, sync_folder
+from .._core.io._foreign import is_own
 from .._core.options import check_arguments
 from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
@@ -86,24 +87,36 @@ def save(
         `like`, or a finite value would become infinite in its dtype.
       ConfigError: the family in `config.json` is unknown, or the file describes no decoder.
     """
-    check_arguments(CheckpointError, _HEADLINE, vocab_padding=(vocab_padding, int))
+    counts: dict[str, Any] = {"vocab_padding": (vocab_padding, int)}
+    counts["max_file_bytes"] = (max_file_bytes, int)
+    check_arguments(CheckpointError, _HEADLINE, **counts)
     raise_all(CheckpointError, _HEADLINE, padding_problems(vocab_padding))
     target, model = (local_path(p, CheckpointError, _HEADLINE) for p in (path, like))
-    leaves = leaves_by_path(params)
-    problems = [Problem(str(target), "exists already")] if target.exists() else []
-    raise_all(CheckpointError, _HEADLINE, problems, "another folder")
-    has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
-    weights = read_folder(model) if has_weights else {}
-    index = read_index(model) if weights else {}
-    if table is None:
-        family = find_family(model)
-        table = family.named_like(weights)
-        weights = {n: t for n, t in weights.items() if not family.ignores(n)}
-        problems = [] if weights else _config_problems(model, leaves, vocab_padding)
-    sources, more = find_sources(table, leaves, vocab_padding)
-    types, different = _tensor_types(sources, weights)
-    problems += more + different
-    raise_all(CheckpointError, f"The parameters are not those of {model}.", problems)
+    with collective_errors():
+        leaves = leaves_by_path(params)
+        problems = [
+            Problem(path, f"is {type(x).__name__}, not an array with values", "state.params")
+            for path, x in leaves.items()
+            if not isinstance(x, jax.Array | np.ndarray)
+        ]
+        raise_all(CheckpointError, _HEADLINE, problems)
+        problems = [Problem(str(target), "exists already")] if target.exists() else []
+        raise_all(CheckpointError, _HEADLINE, problems, "another folder")
+        has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
+        weights = read_folder(model) if has_weights else {}
+        index = read_index(model) if weights else {}
+        if table is None:
+            family = find_family(model)
+            table = family.named_like(weights)
+            weights = family.parameters(weights, leaves)
+            problems = [] if weights else _config_problems(model, leaves, vocab_padding)
+        sources, more = find_sources(table, leaves, vocab_padding)
+        types, different = _tensor_types(sources, weights)
+        problems += more + different
+        fix = (
+            "like= the folder they were loaded from; with adapters, merge(state.params) of sk.lora"
+        )
+        raise_all(CheckpointError, f"The parameters are not those of {model}.", problems, fix)
     files = _divide(types, index, weights, max_file_bytes)
     with _new_folder(target) as folder:
         placed: dict[str, StoredTensor] = {}
@@ -256,23 +269,13 @@ def _write_index(folder: Path, placed: Mapping[str, StoredTensor]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _is_own(path: Path) -> bool:
-    """Whether a file is in its folder, or a link into the blobs of the cache that the folder is of.
-
-    `huggingface_hub` caches `<model>/snapshots/<commit>/config.json -> ../../blobs/<hash>`.
-    """
-    folder, target = path.parent.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    return folder in target.parents or target.parent == blobs
-
-
 def _carry_files(model: Path, folder: Path) -> None:
     for path in sorted(model.iterdir()):
         carried = path.suffix in _CARRIED_SUFFIXES and any(matches(g, path.name) for g in _CARRIED)
-        if path.name == CONFIG and not _is_own(path):
+        if path.name == CONFIG and not is_own(path):
             why = "is a link out of the folder"
             raise CheckpointError.of(_HEADLINE, str(path), why, "a copy of what it points to")
-        if carried and path.is_file() and _is_own(path):
+        if carried and path.is_file() and is_own(path):
             if path.stat().st_size > _LARGEST_CARRIED:
                 why = f"has {path.stat().st_size} bytes: not a tokenizer"
                 raise CheckpointError.of(_HEADLINE, str(path), why, "delete it")

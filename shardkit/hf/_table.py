@@ -127,6 +127,9 @@ def _table_problems(table: object) -> Iterator[Problem]:
     for path, row in table.items():
         if not (isinstance(row, tuple | list) and len(row) == 2 and isinstance(row[1], str)):
             yield Problem(f"table[{path!r}]", f"is {row!r}, not tensors and a pattern", fix)
+        places = _PLACE.findall(str(path))
+        if len(set(places)) < len(places):
+            yield Problem(f"table[{path!r}]", f"has {{{places[0]}}} twice", fix)
 
 
 def find_sources(

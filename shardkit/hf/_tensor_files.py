@@ -19,6 +19,7 @@ import numpy as np
 
 from .._core.errors import CheckpointError, Problem, count, did_you_mean, raise_all
 from .._core.io._files import check_regular
+from .._core.io._foreign import is_own, parse_json
 from .._core.tree import short_type
 from ..checkpoint._safetensors import DTYPES
 
@@ -27,6 +28,7 @@ NAMES = {name: code for code, name in DTYPES.items()}
 _METADATA = "__metadata__"
 # The library's own limit. Llama-3-405B has a header of 100 KB.
 _LARGEST_HEADER = 100_000_000
+_COMPARED = 2**24
 _LARGEST_JSON = 2**26  # an index of 100,000 tensors has 10 MB
 
 
@@ -66,6 +68,15 @@ class StoredTensor:
         return raw.view(dtype).reshape(self.shape)
 
 
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same bytes; they are compared a few at a time."""
+    a, b = (x.map().reshape(-1).view(np.uint8) for x in (one, other))
+    starts = range(0, one.nbytes, _COMPARED)
+    return one.type == other.type and all(
+        np.array_equal(a[at : at + _COMPARED], b[at : at + _COMPARED]) for at in starts
+    )
+
+
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of all files of a folder: `{name: tensor}`.
 
@@ -94,15 +105,18 @@ def read_index(folder: Path) -> dict[str, str]:
     why = ""
     if not folder.is_dir():
         why = "is not a folder"
-    elif path.is_file():
+    elif os.path.lexists(path):
         weight_map = load_json(path).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         unsafe = dict.fromkeys(repr(name) for name in files if not _is_plain_name(name))
         problems = [Problem(f"{INDEX}: {name}", _UNSAFE) for name in unsafe]
         problems += [] if files else [Problem(INDEX, _NO_MAP)]
+        if SINGLE not in files and os.path.lexists(folder / SINGLE):
+            why = "is there beside the files of the index, and transformers reads it alone"
+            problems.append(Problem(SINGLE, why, f"delete it, or {INDEX}"))
         raise_all(CheckpointError, f"{folder} cannot be read.", problems, fix)
         return dict(weight_map or {})
-    elif not (folder / SINGLE).is_file():
+    elif not os.path.lexists(folder / SINGLE):
         names = sorted(p.name for p in folder.iterdir())
         shards = [name for name in names if name.endswith(".safetensors")]
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
@@ -143,7 +157,7 @@ def _index_problems(
 def load_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises CheckpointError if the file is absent, or not one."""
     try:
-        value = json.loads(_read_regular(path, _LARGEST_JSON))
+        value = parse_json(_read_regular(path, _LARGEST_JSON))
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else f"is not JSON: {error}"
     else:
@@ -155,8 +169,16 @@ def load_json(path: Path) -> dict[str, Any]:
     raise AssertionError
 
 
-def _read_regular(path: Path, most: int) -> bytes:
+def _check_own(path: Path) -> None:
     check_regular(path)
+    if not is_own(path):
+        raise OSError(
+            errno.EXDEV, "is a link out of the folder; a copy of its target would be read"
+        )
+
+
+def _read_regular(path: Path, most: int) -> bytes:
+    _check_own(path)
     if (size := path.stat().st_size) > most:
         raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {most} are read", str(path))
     return path.read_bytes()
@@ -165,13 +187,14 @@ def _read_regular(path: Path, most: int) -> bytes:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads a file's header; raises BadFile if it is truncated, or not a safetensors file."""
     try:
-        check_regular(path)
+        _check_own(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
             if length > min(_LARGEST_HEADER, size - 8):
-                raise BadFile(f"has {size} bytes, and says that its header alone has {length}")
-            header = json.loads(file.read(length))
+                why = f"has {size} bytes, and says that its header alone has {length}"
+                raise BadFile(f"{why}; at most {_LARGEST_HEADER} are read")
+            header = parse_json(file.read(length))
     except OSError as error:
         raise BadFile(f"cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,10 @@
 Collectives per step, n devices, W bytes of weights in compute dtype, G of gradients: gather
 forward, gather backward, reduce-scatter of gradients: (n−1)/n · (2W + G) per device. Weights are
 gathered layer by layer inside the scan over layers. With `reshard_after_forward=False` they are
-kept from forward to backward: (n−1)/n · (W + G), and W more memory.
+kept from forward to backward: (n−1)/n · (W + G), and W more memory. A frozen weight has no G. It is
+gathered like a trained one, with and without remat: the gradient of its input needs it again. Below
+the first trained weight there is no such gradient, and programs gather once; the minimum of the
+ledger does not follow gradients and counts two there, so their ratio may be below 1.
 
 Use when weights, gradients and optimizer state do not fit on one device, and the batch is large
 enough that computing on it takes longer than gathering weights. Do not use across slow links with

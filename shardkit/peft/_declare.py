@@ -20,17 +20,15 @@ from ._products import Products
 from ._tracked import Tracked
 
 Rank = int | tuple[int, str] | None
-Scale = Callable[[int], float]
+Alpha = float | Mapping[str, float | None] | None
 
 _HEADLINE = "Low-rank adapters are declared wrongly."
 # Logical axes that no product contracts.
 _STACKED = ("layers", "experts")
 
 
-def choose_leaves(
-    ranks: Mapping[str, Rank], leaves: Sequence[Leaf], scale: Scale
-) -> list[AdaptedLeaf]:
-    """Lists the leaves that the rules adapt, with dims "" where no rule says them.
+def choose_leaves(ranks: Mapping[str, Rank], leaves: Sequence[Leaf]) -> list[AdaptedLeaf]:
+    """Lists the leaves that the rules adapt, scaled by 1, with dims "" where no rule says them.
 
     Of `{glob: rank, (rank, dims) or None}` the first match wins. Raises StepError with every glob
     that matches nothing or never first, and every leaf that cannot be adapted.
@@ -40,9 +38,30 @@ def choose_leaves(
     for leaf, value in choose_by_globs("ranks", ranks, leaves, **options):
         rank, dims = value if isinstance(value, tuple) else (value, "")
         problems += _find_unfit(leaf, dims)
-        adapted.append(AdaptedLeaf(leaf, rank, dims, scale(rank)))
+        adapted.append(AdaptedLeaf(leaf, rank, dims, 1.0))
     raise_all(StepError, _HEADLINE, problems)
     return adapted
+
+
+def scale_leaves(
+    adapted: Sequence[AdaptedLeaf], alpha: Alpha, rank_stabilized: bool
+) -> list[AdaptedLeaf]:
+    """Scales leaves by alpha / rank or alpha / √rank; those without an alpha stay as they are.
+
+    Raises StepError with every glob of an alpha that matches none or never first.
+    """
+    alphas: dict[str, Any] = {one.leaf.path: alpha for one in adapted}
+    if isinstance(alpha, Mapping):
+        leaves = [one.leaf for one in adapted]
+        options = {"explain": _explain_alpha, "example": '{"**/kernel": 16}', "headline": _HEADLINE}
+        chosen = choose_by_globs("alpha", alpha, leaves, **options)
+        alphas = {leaf.path: value for leaf, value in chosen}
+    return [
+        one
+        if (own := alphas.get(one.leaf.path)) is None
+        else dataclasses.replace(one, scale=own / (one.rank**0.5 if rank_stabilized else one.rank))
+        for one in adapted
+    ]
 
 
 def choose_by_globs(
@@ -136,10 +155,17 @@ def infer_from_products(
         seen = sorted(products.dims.get(one.leaf.path, {one.dims}))
         if len(seen) > 1 or not {"i", "o"} <= set(seen[0]):
             why = f"is in products whose dims are {' and '.join(map(repr, seen))}"
-            problems.append(Problem(str(one.leaf), why, "leave it out of sk.lora"))
+            fix = f'leave it out of sk.lora, or fold=True and ({one.rank}, "io") or the like'
+            problems.append(Problem(str(one.leaf), why, fix))
         complete.append(one if one.dims else dataclasses.replace(one, dims=seen[0]))
     raise_all(StepError, _HEADLINE, problems)
     return complete
+
+
+def _explain_alpha(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = value is None or (number and 0 < value < math.inf)
+    return "" if fits else "is not a positive and finite number, or None for a scale of 1"
 
 
 def _explain_rank(value: Any) -> str:

@@ -10,6 +10,9 @@ before, in the same loop body, branch or function. Not from its place in the tra
 import dataclasses
 import zlib
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -54,16 +57,24 @@ class MaskKey:
         """Whether x has the rows that there are keys for."""
         return x.shape[: self.key.ndim] == self.key.shape
 
-    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+    def drop(
+        self, x: jax.Array, rate: float, cut: Mapping[int, tuple[int, Any]] = MappingProxyType({})
+    ) -> jax.Array:
         """Returns x without some of its elements, the others scaled up.
 
         Args:
           x: floats, [*rows, ...].
           rate: probability that an element is dropped.
+          cut: `{dim: (size, start)}` of dims of which x is this device's part.
         """
 
         def draw(key: Key) -> jax.Array:
-            return jax.random.bernoulli(key, 1 - rate, x.shape[self.key.ndim :])
+            rows = self.key.ndim
+            whole = [cut[dim][0] if dim in cut else size for dim, size in enumerate(x.shape)]
+            kept = jax.random.bernoulli(key, 1 - rate, whole[rows:])
+            for dim, (_, start) in cut.items():
+                kept = jax.lax.dynamic_slice_in_dim(kept, start, x.shape[dim], dim - rows)
+            return kept
 
         for _ in self.key.shape:
             draw = jax.vmap(draw)

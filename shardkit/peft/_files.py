@@ -45,6 +45,9 @@ _KNOWN = (
     *("layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "qalora_group_size"),
 )
+# Weights of embeddings and heads, which PEFT by default saves beside their adapters.
+_OWN_WEIGHTS = (".base_layer.weight", ".embed_tokens.weight", ".wte.weight", ".lm_head.weight")
+_WITHOUT_WEIGHTS = "PEFT's save_pretrained(..., save_embedding_layers=False), if it was not trained"
 # Values that switch any other setting off, and those by which an adapter starts on plain weights.
 _OFF = (None, False, [], {})
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -266,7 +269,7 @@ def _config_problems(
             scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             if not np.isclose(scale, one.scale, rtol=1e-6):
                 why = f"has scale {scale:g} in the file and {one.scale:g} here"
-                yield Problem(module, why, f"sk.lora(..., alpha={alpha:g})")
+                yield Problem(module, why, f"sk.lora(..., alpha={{{one.leaf.path!r}: {alpha:g}}})")
                 break
 
 
@@ -316,4 +319,6 @@ def _tensor_problems(
             yield Problem(name, why)
     for name in tensors:
         if name not in wanted:
-            yield Problem(name, "is in the file, and no weight here is adapted under this name")
+            fix = _WITHOUT_WEIGHTS if name.endswith(_OWN_WEIGHTS) else ""
+            why = "is in the file, and no weight here is adapted under this name"
+            yield Problem(name, why, fix)

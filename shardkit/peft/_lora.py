@@ -18,7 +18,15 @@ from .._core.tree import leaves_by_path, path_str
 from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes, strip_axes
 from ..adapters._model import nest
 from ..rules import list_named_leaves
-from ._declare import Rank, choose_leaves, infer_by_names, infer_from_products, loss_problems
+from ._declare import (
+    Alpha,
+    Rank,
+    choose_leaves,
+    infer_by_names,
+    infer_from_products,
+    loss_problems,
+    scale_leaves,
+)
 from ._factors import ADAPTERS, AdaptedLeaf
 from ._files import Names, module_names, read_adapter, write_adapter
 from ._products import Products
@@ -50,7 +58,7 @@ class LoraModel:
     init: Callable[[Key], Params | Variables]
     loss_fn: Loss
     adapted: tuple[AdaptedLeaf, ...]
-    alpha: float | None
+    alpha: Alpha
     dropout: float
     rank_stabilized: bool
     beside: bool
@@ -165,7 +173,7 @@ def lora(
     loss_fn: Callable[..., Any],
     ranks: Mapping[str, Rank],
     *,
-    alpha: float | None = None,
+    alpha: Alpha = None,
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     fold: bool = False,
@@ -184,7 +192,8 @@ def lora(
       ranks: `{glob over paths: rank}`, the first match wins. None: no adapter. `(rank, dims)` also
         says with a letter per dim what they are: `i` inputs, which products contract, `o` outputs,
         `s` stacked (layers, experts), as in `(8, "sioo")` for [layers, embed, heads, head_dim].
-      alpha: scale is alpha / rank; None for a scale of 1.
+      alpha: scale is alpha / rank; None for a scale of 1. `{glob: alpha}` over adapted paths, of
+        which the first match wins, is PEFT's `alpha_pattern`.
       rank_stabilized: scale is alpha / √rank (Kalajdzievski 2023).
       dropout: probability that an element of x is dropped before A, in training; each product
         draws its own.
@@ -224,10 +233,8 @@ def lora(
         problem = Problem(repr(ADAPTERS), why, 'init=lambda key: {"model": init(key)}')
         raise_all(StepError, "Low-rank adapters have no place.", [problem])
 
-    def scale(rank: int) -> float:
-        return 1.0 if alpha is None else alpha / (rank**0.5 if rank_stabilized else rank)
-
-    adapted = choose_leaves(ranks, list_named_leaves(named), scale)
+    adapted = choose_leaves(ranks, list_named_leaves(named))
+    adapted = scale_leaves(adapted, alpha, rank_stabilized)
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     if batch is not None:
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -256,12 +263,12 @@ def lora(
 
 def _check_options(loss_fn: Any, alpha: Any, rank_stabilized: Any, dropout: Any, fold: Any) -> None:
     problems = option_problems(
-        alpha=(alpha, float | None),
+        alpha=(alpha, float | Mapping[str, float | None] | None),
         rank_stabilized=(rank_stabilized, bool),
         dropout=(dropout, float),
         fold=(fold, bool),
     )
-    if not problems and alpha is not None and not 0 < alpha < math.inf:
+    if not problems and isinstance(alpha, int | float) and not 0 < alpha < math.inf:
         problems.append(Problem("alpha", f"{alpha} is not positive and finite", "alpha=16"))
     if not problems and not 0 <= dropout < 1:
         problems.append(Problem("dropout", f"{dropout} is not in [0, 1)", "dropout=0.05"))

@@ -10,7 +10,7 @@ weight is an error.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +20,12 @@ from .._core.equations import bind, count_scan_operands, evaluate, inlined_progr
 from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
 from ..nn._deferred import OpenCall, leaving_open, open_call_p
-from ..nn._manual_axis_rules import on_shards
+from ..nn._manual_axis_rules import on_shards, shard_offset
 from ._dropout import MaskKey
 from ._factors import AdaptedLeaf
 from ._low_rank import multiply
 from ._open_calls import PRODUCT, WeightForm, call_again
-from ._tracked import MOVES, Tracked
+from ._tracked import MOVES, Tracked, split
 
 Values = Sequence[Any]
 Key = MaskKey | None
@@ -110,7 +110,7 @@ class Products:
             run = functools.partial(self.run, params["jaxpr"], key=key, deltas=deltas)
             return jax.checkpoint(run, **options)(values)
         adapted = list(filter(_is_adapted, values))
-        if name in MOVES and len(adapted) == 1 and _is_adapted(values[0]):
+        if name in (*MOVES, "split") and len(adapted) == 1 and _is_adapted(values[0]):
             return self._move(equation, values)
         if name == "dot_general" and len(adapted) == 1 and isinstance(adapted[0], Tracked):
             return self._multiply(equation, values, key, deltas)
@@ -132,7 +132,9 @@ class Products:
         first, *rest = values
         results = _bind(equation, values)
         if isinstance(first, Delta):
-            return [dataclasses.replace(first, value=results[0])]
+            return [dataclasses.replace(first, value=result) for result in results]
+        if equation.primitive.name == "split":
+            return split(first, equation.params, results)
         moved = MOVES[equation.primitive.name](first, equation.params, rest, results[0])
         return self._refuse(equation, [first]) or results if moved is None else [moved]
 
@@ -143,7 +145,8 @@ class Products:
         for index, x in enumerate(added):
             if isinstance(x, Delta):
                 results[index] = results[index] + x.value.astype(results[index].dtype)
-        self._refuse(equation, [x for x in added if isinstance(x, Tracked)])
+            elif isinstance(x, Tracked):  # which the function only moved
+                results[index] = dataclasses.replace(x, value=results[index])
         return results
 
     def _scan(self, equation: core.JaxprEqn, values: list[Any], key: Key) -> Values:
@@ -220,7 +223,7 @@ class Products:
         rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
         if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
             return base
-        x = self._drop(equation, weight, x, key)
+        x = self._drop(equation, weight, x, key, [(x.ndim - 1, 1)])
         dtype = weight.value.dtype
         low = multiply_rows(x, weight.a.astype(dtype).squeeze(2))[0]
         b = weight.b.astype(dtype).squeeze(1).swapaxes(1, 2)
@@ -242,7 +245,10 @@ class Products:
         rest = dict.fromkeys(range(len(weight.of.leaf.shape)), "s")
         if not self._check_dims(equation, weight, rest | seen) or weight.a is None:
             return base or _bind(equation, values)
-        delta = multiply(weight, self._drop(equation, weight, x, key), side, equation.params)
+        numbers = equation.params["dimension_numbers"][0]
+        inputs = zip(numbers[1 - side], numbers[side], strict=True)
+        x = self._drop(equation, weight, x, key, inputs)
+        delta = multiply(weight, x, side, equation.params)
         return [base[0] + delta.astype(base[0].dtype)] if base else [Delta(delta, weight.of)]
 
     def _check_dims(self, equation: core.JaxprEqn, weight: Tracked, seen: dict[int, str]) -> bool:
@@ -260,33 +266,52 @@ class Products:
             self.dims.setdefault(path, set()).add(of.dims)
         elif not fits:
             why = f"has the dims {of.dims!r}, and in {_describe(equation)} they are {found!r}"
-            fix = f'({of.rank}, "{found}")' if every else "an s for the dim that is scanned"
+            fix = f'({of.rank}, "{found}") if all its products are so, else {_FOLD}'
+            fix = fix if every else "an s for the dim that is scanned"
             self.problems.append(Problem(str(of.leaf), why, fix))
         return fits
 
-    def _drop(self, equation: core.JaxprEqn, weight: Tracked, x: jax.Array, key: Key) -> jax.Array:
-        """The input of an adapter, of floats; with a key some of its elements are dropped."""
+    def _drop(
+        self,
+        equation: core.JaxprEqn,
+        weight: Tracked,
+        x: jax.Array,
+        key: Key,
+        inputs: Iterable[tuple[int, int]],
+    ) -> jax.Array:
+        """The input of an adapter, of floats; with a key some of its elements are dropped.
+
+        `inputs` are the dims of x that are contracted, each with that of the weight.
+        """
         if not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
             x = x.astype(weight.value.dtype)  # x A has fractions
         if key is None:
             return x
-        self._check_whole(weight)
         own = key.next(weight.of.leaf.path)
         if own.fits(x):
-            return own.drop(x, self.dropout)
+            return own.drop(x, self.dropout, self._find_cut(weight, inputs))
         why = f"is multiplied in {_describe(equation)} with other rows than its expert gets"
         self.problems.append(Problem(str(weight.of.leaf), why, "dot(rows, w); or dropout=0"))
         return x
 
-    def _check_whole(self, weight: Tracked) -> None:
-        """Devices with parts of a weight would drop other elements of its input than one does."""
-        sizes = weight.of.leaf.shape
-        whole = [math.prod(sizes[label] for label in labels) for labels in weight.dims]
-        if on_shards() and whole != list(weight.value.shape):
-            why = 'is split over devices in its products by mode="shard_map", where each device '
-            fix = 'mode="auto", or sk.lora(..., dropout=0)'
-            why += "would drop other elements of its input than one device does"
-            self.problems.append(Problem(str(weight.of.leaf), why, fix))
+    def _find_cut(
+        self, weight: Tracked, inputs: Iterable[tuple[int, int]]
+    ) -> dict[int, tuple[int, Any]]:
+        """The dims of an input of which one device has a part, with their sizes and its start."""
+        leaf, cut = weight.of.leaf, dict[int, tuple[int, Any]]()
+        for at, dim in inputs if on_shards() else ():
+            size, labels = weight.value.shape[dim], weight.dims[dim]
+            whole = math.prod(leaf.shape[label] for label in labels)
+            name = leaf.axes[min(labels)] if leaf.axes and len(labels) == 1 else None
+            start = shard_offset(name, size) if name and whole % size == 0 else None
+            if size != whole and isinstance(start, jax.Array):  # else the model itself cut it
+                cut[at] = whole, start
+            elif size != whole and start is None:
+                why = 'is split over devices in its products by mode="shard_map", where each '
+                why += "device would drop other elements of its input than one device does"
+                fix = 'mode="auto", or sk.lora(..., dropout=0)'
+                self.problems.append(Problem(str(leaf), why, fix))
+        return cut
 
     def _leave(self, equation: core.JaxprEqn, results: Values) -> list[Any]:
         """The results of a loop or a branch, which no weight leaves with its adapter."""

@@ -9,6 +9,8 @@ what moves the dims of the weight, moves theirs:
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -146,6 +148,21 @@ def _slice(w: Tracked, params: Mapping[str, Any], rest: list[Any], value: Any) -
         return x[tuple(index)]
 
     return w.moved(value, w.dims, move)
+
+
+def split(w: Tracked, params: Mapping[str, Any], parts: Sequence[Any]) -> list[Tracked]:
+    """The parts of a weight that `jnp.split` cuts along a dim."""
+    dim, ends = params["axis"], list(itertools.accumulate(params["sizes"]))
+
+    def cut(x: Any, start: int, end: int) -> Any:
+        has_dim = x.shape[dim] == w.value.shape[dim]
+        return jax.lax.slice_in_dim(x, start, end, axis=dim) if has_dim else x
+
+    places = zip(parts, [0, *ends], ends, strict=False)
+    return [
+        w.moved(part, w.dims, functools.partial(cut, start=start, end=end))
+        for part, start, end in places
+    ]
 
 
 def _dynamic_slice(w: Tracked, params: Mapping[str, Any], rest: list[Any], value: Any) -> Tracked:

@@ -15,20 +15,24 @@ from ._gemma2 import (
 )
 from ._qwen3 import HEAD_NORMS
 
+# Which transformers reads, but does not compute in this family.
+_CAP = "attn_logit_softcapping"
+_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
+
 GEMMA3 = ModelFamily(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    fields=GEMMA_FIELDS,
+    fields={key: field for key, field in GEMMA_FIELDS.items() if key != _CAP},
     tensors=GEMMA_TENSORS | HEAD_NORMS,
     # Those of `Gemma3TextConfig`, which released files may omit.
     defaults=GEMMA_DEFAULTS
     | {
-        "attn_logit_softcapping": None,
+        _CAP: None,
         "final_logit_softcapping": None,
         "rope_theta": 1e6,
         "rope_local_base_freq": 10_000.0,
     },
-    fixed=GEMMA_FIXED,
+    fixed=GEMMA_FIXED | {_CAP: (None,)},
     constants=GEMMA_CONSTANTS | {"qk_norm": True},
-    readers=(*GEMMA_READERS, window_reader("five of six")),
+    readers=(*GEMMA_READERS, window_reader("five of six", periods=_PERIODS)),
 )

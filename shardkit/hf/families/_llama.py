@@ -52,6 +52,7 @@ LLAMA = ModelFamily(
     fields=FIELDS,
     tensors=OUTER | ATTENTION | MLP | NORMS,
     defaults=DEFAULTS | {"rms_norm_eps": 1e-6},
-    fixed=SILU,
+    fixed=SILU | {"rope_interleaved": (False,)},
+    ignored=("is_llama_config",),
     readers=(read_rope, read_biases),
 )

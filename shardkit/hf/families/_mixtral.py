@@ -29,5 +29,5 @@ MIXTRAL = ModelFamily(
     },
     fixed=SILU | {"output_router_logits": (False,), "router_jitter_noise": (0.0,)},
     constants={"balance_loss": 0.0, "router_z_loss": 0.0},
-    readers=(read_rope, window_reader("all"), check_shares),
+    readers=(read_rope, window_reader("all", by_type=False), check_shares),
 )

@@ -28,7 +28,7 @@ QWEN2 = ModelFamily(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    fixed=SILU,
+    fixed=SILU | {"use_mrope": (False,)},
     constants={"bias": _BIASED},
     readers=(read_rope, window_reader("late")),
 )

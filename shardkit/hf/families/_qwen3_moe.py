@@ -27,7 +27,7 @@ QWEN3_MOE = ModelFamily(
         "layers/expert_up": (_EXPERT + "up_proj.weight", "f e -> e f"),
         "layers/expert_down": (_EXPERT + "down_proj.weight", "e f -> f e"),
     },
-    defaults=QWEN3_DEFAULTS | {"norm_topk_prob": False},
+    defaults=QWEN3_DEFAULTS | {"num_key_value_heads": 4, "head_dim": None, "norm_topk_prob": False},
     fixed=SILU
     | {
         "output_router_logits": (False,),
@@ -35,6 +35,6 @@ QWEN3_MOE = ModelFamily(
         "mlp_only_layers": ([], None),
     },
     constants={"qk_norm": True, "balance_loss": 0.0, "router_z_loss": 0.0},
-    readers=(read_rope, read_biases, window_reader("all"), check_shares),
+    readers=(read_rope, read_biases, window_reader("all", by_type=False), check_shares),
     aliases={"num_local_experts": "num_experts"},
 )
