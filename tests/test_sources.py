@@ -22,9 +22,10 @@ from shardkit.report.hlo._source_lines import Sources
 from shardkit.targets import StepSource, compile_for
 
 from ._misplaced import CASES, STRANGERS, avoidable, declare, line_of
+from ._misplaced_among import AMONG
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
-from ._misplaced_rules import ODD
+from ._misplaced_rules import ODD as RULES
 from ._quick import some_quick
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -33,6 +34,7 @@ ON_TPU = """constraint_on_the_wrong_dim two_column_products nothing_after_attent
     loss_that_gathers_logits linen_down nnx_down""".split()
 WITHOUT_FRAMES = ("linen_scan_constraint", "constraint_in_a_derivative_rule", "nnx_scan")
 ALL = CASES | STRANGERS | MODELS | CONSTRAINTS
+ODD = RULES | AMONG
 
 
 def compile_case(name, **changes):
@@ -90,7 +92,7 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     report = spec.compile(mesh.build()).report(try_fixes=True)
     first, lines = report.findings[0], report.by_source()
     assert (first.kind, first.source.code.split("# ")[-1]) == (odd.misplaced.finding, name)
-    assert lines[0].source == first.source
+    assert (lines[0].source.file, lines[0].source.line) == (first.source.file, first.source.line)
     assert any(odd.misplaced.declared_by in why for _, _, why in lines[0].part_cells())
     assert first.fix.startswith(odd.fix)
     spec, mesh = declare(name, dataclasses.replace(odd.misplaced, **odd.mended))
