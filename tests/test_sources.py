@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit._core.source import Frame, choose_source, read_line
-from shardkit.report import Report
+from shardkit._core.tree import Leaf
+from shardkit.report import PlacedLeaf, Report, find_batch_axes
 from shardkit.report._by_source import group_by_source
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._source_lines import Sources
@@ -99,6 +100,48 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     after = spec.compile(mesh.build()).report()
     assert first.remaining == after.ledger.total() < report.ledger.total()
     assert not any(odd.misplaced.finding == one.kind for one in after.findings)
+
+
+def test_a_constraint_of_a_backward_rule_is_said_to_be_one():
+    """JAX gives all that a backward rule computes the line of the call."""
+
+    @jax.custom_vjp
+    def activate(x):
+        return jnp.tanh(x)
+
+    def backward(x, g):
+        g = jax.lax.with_sharding_constraint(g, P("data", "tensor", None))
+        return (g * (1 - jnp.tanh(x) ** 2),)
+
+    activate.defvjp(lambda x: (activate(x), x), backward)
+
+    def loss(p, b, key):
+        h = activate(b["x"] @ p["up"])  # the call
+        return jnp.mean((h @ p["down"]) ** 2)
+
+    odd = RULES["inputs_by_length"]
+    case = dataclasses.replace(odd.misplaced, loss=loss, spec=P("data"))
+    spec, mesh = declare("", case)
+    finding, *_ = spec.compile(mesh.build()).report(try_fixes=True).findings
+    assert finding.source.code.endswith("# the call")
+    assert finding.source.function.startswith("a backward rule called by ")
+    assert f"P('data', None, 'tensor') in the constraint at {finding.source}" in finding.fix
+    assert finding.remaining is None
+
+
+@pytest.mark.parametrize(
+    ("specs", "params", "rows"),
+    [
+        ({"x": P("data"), "y": P("tensor")}, P("tensor"), {"data"}),
+        ({"x": P("data"), "y": P("tensor"), "z": P("data")}, P(), {"data"}),
+        ({"x": P("data"), "y": P("tensor")}, P(), {"data", "tensor"}),
+        ({"x": P(("data", "tensor")), "y": P("data")}, P("tensor"), {"data", "tensor"}),
+    ],
+)
+def test_axes_of_rows_where_leaves_of_the_batch_disagree(specs, params, rows):
+    leaf = Leaf("w", (8, 8), jnp.float32)
+    leaves = [PlacedLeaf("batch", leaf, spec) for spec in specs.values()]
+    assert find_batch_axes([PlacedLeaf("params", leaf, params), *leaves], (), ()) == rows
 
 
 def test_lines_of_findings_come_first_in_every_form():
