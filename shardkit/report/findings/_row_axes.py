@@ -141,8 +141,11 @@ def activation_parts(
             continue
         for index, phase in enumerate(row.phases):
             declared = row.ends[index].declared_by if is_odd(row, index, program) else ""
-            other = row.windowed or forms.has(row, index)  # a product's, or a parameter
-            if phase in phases and wanted(row, index, program) and (declared or not other):
+            # What is caused by such a declaration is neither a product's, nor a parameter, nor of
+            # the step's own, as what moves an argument can seem.
+            certain = declared and phase in (*phases, "other")
+            likely = phase in phases and not row.windowed and not forms.has(row, index)
+            if (certain or likely) and wanted(row, index, program):
                 groups.setdefault((row.axes, declared), []).append((number, row, index))
     yield from ((axes, parts) for (axes, _), parts in groups.items())
 
