@@ -431,7 +431,8 @@ def declare(name, case=None):
     case = case or (CASES | STRANGERS)[name]
 
     def init(key):
-        return {name: jax.random.normal(key, shape) for name, shape in case.params.items()}
+        is_shape = {"is_leaf": lambda shape: isinstance(shape, tuple)}
+        return jax.tree.map(lambda shape: jax.random.normal(key, shape), case.params, **is_shape)
 
     strategy = sk.Strategy(
         params=sk.PathRules(case.rules, allow_unmatched=True),

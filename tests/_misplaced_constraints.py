@@ -182,8 +182,8 @@ class Layers(nnx.Module):
         self.three = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
-        x = nnx.gelu(self.one(x))
-        x = nnx.gelu(self.two(x))  # middle_contraction
+        x = nnx.gelu(self.one(x))  # middle_contraction
+        x = nnx.gelu(self.two(x))
         return self.three(x)
 
 
@@ -355,7 +355,7 @@ CONSTRAINTS = {
         rules=BY_CLASSES,
         batch=LABELLED,
         model=NnxClassifier,
-        finding="parameter_gather",
+        finding="split_contraction",
     ),
     "embedding_by_columns": case(
         embedding_by_columns,
@@ -380,13 +380,13 @@ CONSTRAINTS = {
         finding="gradient_gather",
     ),
     "carry_of_a_recurrence": case(
-        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="dim_gather"
+        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="activation_gather"
     ),
     "constraint_in_a_derivative_rule": case(
         constraint_in_a_derivative_rule, square("a", "b", "c"), finding="activation_gather"
     ),
     "two_that_conflict": case(
-        two_that_conflict, {"up": UP, "down": DOWN}, PAIR, LONG, finding="parameter_gather"
+        two_that_conflict, {"up": UP, "down": DOWN}, PAIR, LONG, finding="split_contraction"
     ),
     "dispatch_over_capacity": case(
         dispatch_over_capacity,
@@ -409,7 +409,7 @@ CONSTRAINTS = {
         batch=LONG,
         by="",
         model=Layers,
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "pooled_rows": case(pooled_rows, HEAD, batch=LONG, finding="gradient_gather"),
     "stacked_pair": case(stacked_pair, square("a", "b"), finding="activation_gather"),

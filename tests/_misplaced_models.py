@@ -297,7 +297,7 @@ MODELS = {
         square("query_proj", "key_proj", "value_proj", "output_proj"),
         {"*": P("tensor", None)},
         {"x": SEQUENCES},
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "logits_by_length": Case(
         logits_by_length,
@@ -306,7 +306,7 @@ MODELS = {
         {"x": SEQUENCES},
         activations={"batch": "data", "length": "tensor"},
         init=lambda key: Head().init(key, SEQUENCES)["params"],
-        finding="parameter_gather",
+        finding="split_contraction",
     ),
     "hidden_whole_between_a_pair": Case(
         hidden_whole_between_a_pair,

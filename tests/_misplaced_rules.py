@@ -150,12 +150,12 @@ class Odd:
     mended: dict
 
 
-def _odd(fix, loss, shapes, rules, batch=None, spec=ROWS, *, mended, **more):
+def odd_case(fix, loss, shapes, rules, batch=None, spec=ROWS, *, mended, **more):
     case = Case(loss, shapes, rules, batch or {"x": SEQUENCES}, spec, **more)
     return Odd(fix, case, mended)
 
 
-def _first(**rules):
+def first_rule(**rules):
     listed = ", ".join(f'"{path.replace("__", "/")}": {spec}' for path, spec in rules.items())
     return f"params=sk.first_match(sk.PathRules({{{listed}}}), strategy.params)"
 
@@ -168,8 +168,8 @@ _EXPERTS = {"gate": P(), "up": P(None, "tensor"), "down": P("tensor")}
 _OUTPUTS = {"one": P(None, None, None, "tensor"), "two": P(None, None, None, "tensor")}
 _PIN = "P('data', None, None) in the constraint at _misplaced_rules.py:"
 ODD = {
-    "scale_among_matrices": _odd(
-        _first(scale="P(None)"),
+    "scale_among_matrices": odd_case(
+        first_rule(scale="P(None)"),
         scale_among_matrices,
         {**SHAPES, "scale": (WIDTH,)},
         _VECTOR,
@@ -177,8 +177,8 @@ ODD = {
         mended={"rules": {**_VECTOR, "scale": P()}},
         finding="dim_gather",
     ),
-    "bias_in_between": _odd(
-        _first(bias="P(None)"),
+    "bias_in_between": odd_case(
+        first_rule(bias="P(None)"),
         bias_in_between,
         {**SHAPES, "bias": (WIDTH,)},
         _VECTOR,
@@ -186,8 +186,10 @@ ODD = {
         mended={"rules": {**_VECTOR, "bias": P()}},
         finding="dim_gather",
     ),
-    "scales_of_two_layers": _odd(
-        _first(blocks__0__norm__scale__value="P(None)", blocks__1__norm__scale__value="P(None)"),
+    "scales_of_two_layers": odd_case(
+        first_rule(
+            blocks__0__norm__scale__value="P(None)", blocks__1__norm__scale__value="P(None)"
+        ),
         scales_of_two_layers,
         {},
         {**LAYERED, "**/scale/**": P("tensor")},
@@ -196,8 +198,8 @@ ODD = {
         mended={"rules": {**LAYERED, "**/scale/**": P()}},
         finding="dim_gather",
     ),
-    "gate_of_another_dim": _odd(
-        _first(gate="P(None, 'tensor')"),
+    "gate_of_another_dim": odd_case(
+        first_rule(gate="P(None, 'tensor')"),
         gate_of_another_dim,
         {**SHAPES, "gate": SHAPES["up"]},
         _INSIDE,
@@ -205,8 +207,8 @@ ODD = {
         mended={"rules": {**_INSIDE, "gate": P(None, "tensor")}},
         finding="product_gather",
     ),
-    "channels_of_a_scale": _odd(
-        _first(gamma="P(None)"),
+    "channels_of_a_scale": odd_case(
+        first_rule(gamma="P(None)"),
         channels_of_a_scale,
         {"one": (3, 3, 16, 32), "gamma": (32,), "two": (3, 3, 32, 16)},
         _SCALED,
@@ -215,8 +217,8 @@ ODD = {
         mended={"rules": {**_SCALED, "gamma": P()}},
         finding="split_contraction",
     ),
-    "labels_by_features": _odd(
-        "batch=sk.PathRules({\"x\": P('data',), \"y\": P('data', None, None)})",
+    "labels_by_features": odd_case(
+        "batch=sk.PathRules({\"x\": P('data', None, None), \"y\": P('data', None, None)})",
         labels_by_features,
         SHAPES,
         PAIR,
@@ -226,8 +228,8 @@ ODD = {
         mended={"spec": ROWS},
         finding="dim_gather",
     ),
-    "inputs_by_length": _odd(
-        "batch=sk.PathRules({\"x\": P('data', None, None), \"y\": P('data',)})",
+    "inputs_by_length": odd_case(
+        "batch=sk.PathRules({\"x\": P('data', None, None), \"y\": P('data', None, None)})",
         inputs_by_length,
         SHAPES,
         PAIR,
@@ -235,10 +237,10 @@ ODD = {
         sk.PathRules({"x": P("data", "tensor"), "y": ROWS}),
         declared_by="the batch spec of batch/x",
         mended={"spec": ROWS},
-        finding="parameter_gather",
+        finding="split_contraction",
     ),
-    "mask_by_queries": _odd(
-        "batch=sk.PathRules({\"mask\": P('data', None, None), \"x\": P('data',)})",
+    "mask_by_queries": odd_case(
+        "batch=sk.PathRules({\"mask\": P('data', None, None), \"x\": P('data', None, None)})",
         mask_by_queries,
         HEADS,
         BY_HEADS,
@@ -248,16 +250,16 @@ ODD = {
         mended={"spec": ROWS},
         finding="dim_gather",
     ),
-    "length_behind_a_shift": _odd(
+    "length_behind_a_shift": odd_case(
         _PIN,
         length_behind_a_shift(P("data", "tensor", None)),
         SHAPES,
         PAIR,
         declared_by="the constraint at",
         mended={"loss": length_behind_a_shift(P("data", None, None))},
-        finding="parameter_gather",
+        finding="split_contraction",
     ),
-    "probabilities_by_queries": _odd(
+    "probabilities_by_queries": odd_case(
         "P('data', 'tensor', None, None) in the constraint at _misplaced_rules.py:",
         probabilities_by_queries(P("data", None, "tensor", None)),
         HEADS,
@@ -266,17 +268,17 @@ ODD = {
         mended={"loss": probabilities_by_queries(P("data", "tensor", None, None))},
         finding="split_contraction",
     ),
-    "output_by_features": _odd(
-        _first(o="P('tensor', None, None)"),
+    "output_by_features": odd_case(
+        first_rule(o="P('tensor', None, None)"),
         output_by_features,
         HEADS,
         _FEATURES,
         declared_by='PathRules["o"] of params/o',
         mended={"rules": BY_HEADS},
-        finding="product_gather",
+        finding="split_contraction",
     ),
-    "experts_by_inputs": _odd(
-        _first(up="P('tensor', None, None)"),
+    "experts_by_inputs": odd_case(
+        first_rule(up="P('tensor', None, None)"),
         experts_by_inputs,
         {"gate": (WIDTH, 4), "up": (4, WIDTH, 256), "down": (4, 256, WIDTH)},
         _EXPERTS,
@@ -284,8 +286,8 @@ ODD = {
         mended={"rules": {**_EXPERTS, "up": P("tensor")}},
         finding="product_gather",
     ),
-    "kernel_by_outputs": _odd(
-        _first(two="P(None, None, 'tensor', None)"),
+    "kernel_by_outputs": odd_case(
+        first_rule(two="P(None, None, 'tensor', None)"),
         kernel_by_outputs,
         {"one": (3, 3, 16, 32), "two": (3, 3, 32, 32)},
         _OUTPUTS,

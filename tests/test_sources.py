@@ -15,16 +15,18 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit._core.source import Frame, choose_source, read_line
-from shardkit.report import Report
+from shardkit._core.tree import Leaf
+from shardkit.report import PlacedLeaf, Report, find_batch_axes
 from shardkit.report._by_source import group_by_source
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._source_lines import Sources
 from shardkit.targets import StepSource, compile_for
 
 from ._misplaced import CASES, STRANGERS, avoidable, declare, line_of
+from ._misplaced_among import AMONG
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
-from ._misplaced_rules import ODD
+from ._misplaced_rules import ODD as RULES
 from ._quick import some_quick
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -33,6 +35,7 @@ ON_TPU = """constraint_on_the_wrong_dim two_column_products nothing_after_attent
     loss_that_gathers_logits linen_down nnx_down""".split()
 WITHOUT_FRAMES = ("linen_scan_constraint", "constraint_in_a_derivative_rule", "nnx_scan")
 ALL = CASES | STRANGERS | MODELS | CONSTRAINTS
+ODD = RULES | AMONG
 
 
 def compile_case(name, **changes):
@@ -90,13 +93,55 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     report = spec.compile(mesh.build()).report(try_fixes=True)
     first, lines = report.findings[0], report.by_source()
     assert (first.kind, first.source.code.split("# ")[-1]) == (odd.misplaced.finding, name)
-    assert lines[0].source == first.source
+    assert (lines[0].source.file, lines[0].source.line) == (first.source.file, first.source.line)
     assert any(odd.misplaced.declared_by in why for _, _, why in lines[0].part_cells())
     assert first.fix.startswith(odd.fix)
     spec, mesh = declare(name, dataclasses.replace(odd.misplaced, **odd.mended))
     after = spec.compile(mesh.build()).report()
     assert first.remaining == after.ledger.total() < report.ledger.total()
     assert not any(odd.misplaced.finding == one.kind for one in after.findings)
+
+
+def test_a_constraint_of_a_backward_rule_is_said_to_be_one():
+    """JAX gives all that a backward rule computes the line of the call."""
+
+    @jax.custom_vjp
+    def activate(x):
+        return jnp.tanh(x)
+
+    def backward(x, g):
+        g = jax.lax.with_sharding_constraint(g, P("data", "tensor", None))
+        return (g * (1 - jnp.tanh(x) ** 2),)
+
+    activate.defvjp(lambda x: (activate(x), x), backward)
+
+    def loss(p, b, key):
+        h = activate(b["x"] @ p["up"])  # the call
+        return jnp.mean((h @ p["down"]) ** 2)
+
+    odd = RULES["inputs_by_length"]
+    case = dataclasses.replace(odd.misplaced, loss=loss, spec=P("data"))
+    spec, mesh = declare("", case)
+    finding, *_ = spec.compile(mesh.build()).report(try_fixes=True).findings
+    assert finding.source.code.endswith("# the call")
+    assert finding.source.function.startswith("a backward rule called by ")
+    assert f"P('data', None, 'tensor') in the constraint at {finding.source}" in finding.fix
+    assert finding.remaining is None
+
+
+@pytest.mark.parametrize(
+    ("specs", "params", "rows"),
+    [
+        ({"x": P("data"), "y": P("tensor")}, P("tensor"), {"data"}),
+        ({"x": P("data"), "y": P("tensor"), "z": P("data")}, P(), {"data"}),
+        ({"x": P("data"), "y": P("tensor")}, P(), {"data", "tensor"}),
+        ({"x": P(("data", "tensor")), "y": P("data")}, P("tensor"), {"data", "tensor"}),
+    ],
+)
+def test_axes_of_rows_where_leaves_of_the_batch_disagree(specs, params, rows):
+    leaf = Leaf("w", (8, 8), jnp.float32)
+    leaves = [PlacedLeaf("batch", leaf, spec) for spec in specs.values()]
+    assert find_batch_axes([PlacedLeaf("params", leaf, params), *leaves], (), ()) == rows
 
 
 def test_lines_of_findings_come_first_in_every_form():

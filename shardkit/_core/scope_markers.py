@@ -20,6 +20,9 @@ RECOMPUTED = "rematted_computation"
 MATRIX_OWNERS = "matrix_owners"
 """The scope of an update in which whole matrices are moved to their owners, and computed there."""
 
+OF_THE_STEP = "shardkit_in_place"
+"""Name of the jitted functions that a step computes in place of operations of the model."""
+
 OWNED = "owned"
 """Kind of the fact `(mesh axis, bytes), …`: the fewest that one device sends for its matrices."""
 

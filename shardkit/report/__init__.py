@@ -14,7 +14,7 @@ from ._program import (
 from ._report import Report
 from ._saved import TickTable
 from .communication._axis_traffic import AxisTraffic
-from .communication._entries import find_first_reader
+from .communication._entries import PRODUCTS, find_first_reader
 from .communication._governing import GoverningConstraint, OddDeclaration
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
@@ -22,6 +22,7 @@ from .findings._finding import Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
 from .findings._odd_declarations import AGREE, find_blamed
+from .findings._resharding import FOLLOW
 from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
@@ -32,7 +33,9 @@ from .time._timeline import Segment, Timeline, model_time
 __all__ = [
     "AGREE",
     "FINDINGS",
+    "FOLLOW",
     "MEMORY_CLASSES",
+    "PRODUCTS",
     "AxisKind",
     "AxisTraffic",
     "Budget",

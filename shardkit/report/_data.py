@@ -26,7 +26,8 @@ class ReportData:
       ledger: every collective.
       memory: bytes per device.
       flops: FLOPs of a step, all devices together; None without a jaxpr.
-      findings: what a user would want to know, the most bytes first.
+      findings: what a user would want to know, the most bytes first; before these, what a
+        declaration causes that all others disagree with.
       minima: textbook minimum of each axis whose kind is declared.
       reductions: axis that splits the batch → how often each gradient is reduced over it.
       leaves: every array of the step's input and its layout on the mesh.

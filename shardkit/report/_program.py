@@ -258,13 +258,16 @@ class Program:
             return declared.accumulate
         return declared.activation_bytes / shown[0].device_bytes(self.sizes)
 
-    def own_layouts(self, axes: Collection[str]) -> list[PlacedLeaf]:
-        """Optimizer state that a rule of its own lays out unlike its parameter, over some axes."""
-        return [
-            leaf
+    def own_layouts(self, axes: Collection[str]) -> dict[PlacedLeaf, PlacedLeaf]:
+        """Optimizer state that a rule of its own lays out unlike its parameter, over some axes.
+
+        Each with its parameter.
+        """
+        return {
+            leaf: own
             for leaf, own in self.moments.items()
             if leaf.dims() != own.dims() and {*axes} & {*leaf.axes(), *own.axes()}
-        ]
+        }
 
     @functools.cached_property
     def moments(self) -> dict[PlacedLeaf, PlacedLeaf]:
@@ -301,10 +304,21 @@ def find_batch_axes(
 ) -> set[str]:
     """Mesh axes that split rows of the batch, or the length that all its leaves have.
 
-    Labels that alone are split by features are split over no axis of rows.
+    Labels that alone are split by features are split over no axis of rows. Where rows of two leaves
+    are split over different axes, those count that split no parameter, then those of most leaves.
     """
-    dims = [leaf.dims() for leaf in leaves if leaf.part == "batch"]
-    first = {axis for leaf in dims for dim in leaf[:1] for axis in dim}
+    placed = list(leaves)
+    of_params = {axis for leaf in placed if leaf.part == "params" for axis in leaf.axes()}
+    dims = [leaf.dims() for leaf in placed if leaf.part == "batch"]
+    rows = [set(leaf[0]) for leaf in dims if leaf and leaf[0]]
+    named = set().union(*rows)
+
+    def rank(axis: str) -> tuple[bool, int]:
+        return axis in of_params, -sum(axis in of for of in rows)
+
+    beside = {axis: set().union(*(of for of in rows if axis in of)) for axis in named}
+    doubted = {axis for axis in named if any(of.isdisjoint(beside[axis]) for of in rows)}
+    first = named - {axis for axis in doubted if rank(axis) > min(map(rank, doubted))}
     others = [{axis for dim in leaf[1:] for axis in dim} for leaf in dims if len(leaf) > 1]
     known = {kind.axis for kind in kinds if {"rows", "length"} & kind.splits} | {*row_axes}
     of_all = set.intersection(*others) if others else set()

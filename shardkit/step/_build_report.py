@@ -25,8 +25,17 @@ from .._core.tree import format_bytes, list_leaves
 from .._core.types import Accumulate
 from ..nn._constrain import constrain_p
 from ..parallel import Strategy
-from ..report import AGREE, Finding, OddDeclaration, Report, find_blamed
-from ..rules import PathRules, first_match
+from ..report import (
+    AGREE,
+    FOLLOW,
+    Finding,
+    OddDeclaration,
+    PlacedLeaf,
+    Program,
+    Report,
+    find_blamed,
+)
+from ..rules import PathRules, Rule, first_match
 from ._bound_spec import BoundSpec
 from ._compiled_functions import CompiledFunctions
 from ._idle_options import find_idle_options
@@ -42,6 +51,7 @@ CONSTRAIN = "constrain"
 _WORDS = {
     CONSTRAIN: "with this constraint",
     AGREE: "with this layout",
+    FOLLOW: "with this layout",
     "shard_map": 'with mode="shard_map"',
     "end": 'with reduce="end"',
     "owners": "with owners=True",
@@ -64,30 +74,30 @@ def build_report(
     program = build_program(bound, functions.layout, compiled, retraced)
     idle = tuple(find_idle_options(bound, compiled.jaxpr.jaxpr))
     declared = dataclasses.replace(program.declared, idle_options=idle)
-    report = Report.of(dataclasses.replace(program, declared=declared), chip=chip)
-    return _try_fixes(report, bound, functions.layout, declared.odd) if try_fixes else report
+    program = dataclasses.replace(program, declared=declared)
+    report = Report.of(program, chip=chip)
+    return _try_fixes(report, bound, functions.layout, program) if try_fixes else report
 
 
-def _try_fixes(
-    report: Report, bound: BoundSpec, layout: StepLayout, odd: Sequence[OddDeclaration]
-) -> Report:
+def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout, program: Program) -> Report:
     """Returns a report whose findings say what their alternatives send, compiled.
 
     Each alternative is compiled once, however many findings name it. Findings that name none stay.
     """
-    outcomes: dict[tuple[str, Source | None], tuple[int | None, str]] = {}
-    findings = []
+    outcomes: dict[tuple[str, Any], tuple[int | None, str]] = {}
+    findings, now = list[Finding](), report.ledger.total()
     for finding in report.findings:
         tried = {}
+        odd = find_blamed(finding, report.ledger, program.declared.odd)
+        whose = odd and frozenset(one.declared_by for one in (odd, *odd.beside))
+        places = {AGREE: whose, CONSTRAIN: finding.source, FOLLOW: finding.axes}
         for name in finding.alternatives:
-            blamed = find_blamed(finding, report.ledger, odd) if name == AGREE else None
-            place = blamed.source if blamed else finding.source
-            key = name, place if name in (CONSTRAIN, AGREE) else None
+            key = name, places.get(name)
             if key not in outcomes:
-                change = functools.partial(_change, bound, layout, blamed, *key)
-                outcomes[key] = _send(bound, change)
+                change = functools.partial(_change, bound, layout, program, finding)
+                outcomes[key] = _send(bound, functools.partial(change, name))
             tried[name] = outcomes[key]
-        findings.append(_add_outcomes(finding, tried, report.ledger.total()))
+        findings.append(_add_outcomes(finding, tried, now))
     return dataclasses.replace(report, findings=tuple(findings))
 
 
@@ -100,9 +110,11 @@ def _add_outcomes(
         f"{_WORDS[name]} {why if sent is None else format_bytes(sent)}"
         for name, (sent, why) in tried.items()
     ]
-    known = [sent for sent, _ in tried.values() if sent is not None]
+    best = min((sent for sent, _ in tried.values() if sent is not None), default=None)
     fix = f"{finding.fix}. The step, compiled, sends {format_bytes(now)} now; {'; '.join(said)}"
-    return dataclasses.replace(finding, fix=fix, remaining=min(known, default=None))
+    if best is not None and best >= now:
+        fix += ": no less, so keep it as it is"
+    return dataclasses.replace(finding, fix=fix, remaining=best)
 
 
 def _send(bound: BoundSpec, change: Callable[[], "StepSpec"]) -> tuple[int | None, str]:
@@ -117,44 +129,54 @@ def _send(bound: BoundSpec, change: Callable[[], "StepSpec"]) -> tuple[int | Non
 
 
 def _change(
-    bound: BoundSpec,
-    layout: StepLayout,
-    odd: OddDeclaration | None,
-    alternative: str,
-    source: Source | None,
+    bound: BoundSpec, layout: StepLayout, program: Program, finding: Finding, alternative: str
 ) -> "StepSpec":
-    spec = bound.spec
+    spec, strategy = bound.spec, bound.spec.strategy
     if alternative == "shard_map":
         return spec.replace(mode="shard_map")
     if alternative == "owners":
         return spec.replace(owners=True)
     if alternative == "end":
         return spec.replace(accumulate=Accumulate(spec.accumulate.micro_batches, reduce="end"))
+    if alternative == FOLLOW:
+        moments = program.own_layouts(finding.axes)
+        rule = _first({leaf: own.spec for leaf, own in moments.items()}, strategy.opt_state)
+        return spec.replace(strategy=dataclasses.replace(strategy, opt_state=rule))
     loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
-    if odd is not None:
+    odd = find_blamed(finding, program.ledger, program.declared.odd)
+    if alternative == AGREE and odd is not None:
         if odd.leaves:
-            return spec.replace(strategy=_with_specs(spec.strategy, odd, bound, layout))
+            return spec.replace(strategy=_with_specs(strategy, odd, bound, layout))
         train = _respecified(loss.train, odd, bound.mesh)
         return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
     sharding = NamedSharding(bound.mesh, PartitionSpec(layout.row_axes))
-    fits = functools.partial(_makes_rows, source=source, rows=layout.rows)
+    fits = functools.partial(_makes_rows, source=finding.source, rows=layout.rows)
     train = _constrained(loss.train, fits, sharding)
     return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
+
+
+def _first(specs: Mapping[PlacedLeaf, PartitionSpec], rule: Rule | None) -> Rule:
+    """A rule with specs of its own for some leaves."""
+    own = PathRules({leaf.leaf.path: spec for leaf, spec in specs.items()})
+    return first_match(own, rule) if rule else own
 
 
 def _with_specs(
     strategy: Strategy, odd: OddDeclaration, bound: BoundSpec, layout: StepLayout
 ) -> Strategy:
     """A strategy that lays some leaves out as all other declarations do."""
-    spec = _to_spec(odd.dims(dict(bound.mesh.shape)))
-    rules: dict[str, Any] = {leaf.leaf.path: spec for leaf in odd.leaves}
-    if odd.leaves[0].part == "params":
-        rule = first_match(PathRules(rules), strategy.params)
-        return dataclasses.replace(strategy, params=rule)
-    leaves = list_leaves(layout.batch)
-    shardings = jax.tree.leaves(layout.batch_shardings)
-    known = {leaf.path: s.spec for leaf, s in zip(leaves, shardings, strict=True)}
-    return dataclasses.replace(strategy, batch=PathRules(known | rules))
+    changed: dict[str, Any] = {}
+    for part, layouts in odd.layouts(dict(bound.mesh.shape)).items():
+        specs = {leaf: _to_spec(dims) for leaf, dims in layouts.items()}
+        if part != "batch":
+            changed[part] = _first(specs, getattr(strategy, part))
+            continue
+        shardings = zip(
+            list_leaves(layout.batch), jax.tree.leaves(layout.batch_shardings), strict=True
+        )
+        known = {leaf.path: sharding.spec for leaf, sharding in shardings}
+        changed[part] = PathRules(known | {leaf.leaf.path: spec for leaf, spec in specs.items()})
+    return dataclasses.replace(strategy, **changed)
 
 
 def _to_spec(dims: Sequence[tuple[str, ...] | None]) -> PartitionSpec:

@@ -20,16 +20,17 @@ from typing import Any, cast
 
 from jax.extend import core
 
-from .._core.equations import count_scan_operands, source_of_equation
-from .._core.tracing import equations
+from .._core.equations import source_of_equation
+from ._dim_classes import DimClasses
 
 Axes = tuple[str, ...]
 Declared = tuple[Hashable, Any, Sequence[Axes | None]]
 """Whose declaration, of which variable, mesh axes per dim; None: says nothing of the dim."""
 Sides = tuple[set[Hashable], set[Hashable]]
+Group = frozenset[Hashable]
+"""Declarations that can only be wrong together: one, or those of leaves of one rule."""
 
-_DROPPING = ("reduce_", "argm")
-_PIECES = frozenset("slice dynamic_slice concatenate pad".split())
+_MUCH = 16
 
 
 class Disagreements:
@@ -38,294 +39,147 @@ class Disagreements:
     Args:
       jaxpr: the traced step.
       declared: layouts of its variables, at any depth.
+      weak: declarations that split nothing, and only count where no others disagree.
     """
 
-    def __init__(self, jaxpr: core.Jaxpr, declared: Sequence[Declared]) -> None:
-        self._classes = _Classes(jaxpr, (variable for _, variable, _ in declared))
+    def __init__(
+        self, jaxpr: core.Jaxpr, declared: Sequence[Declared], weak: Collection[Hashable] = ()
+    ) -> None:
+        self._weak = set(weak)
+        self._classes = DimClasses(jaxpr, (variable for _, variable, _ in declared))
         self._split: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
-        named: dict[int, set[Hashable]] = collections.defaultdict(set)
+        self._named: dict[int, set[Hashable]] = collections.defaultdict(set)
+        self._orders: dict[int, dict[Axes, set[Hashable]]] = collections.defaultdict(dict)
+        self._sizes: dict[Hashable, int] = {}
         for who, variable, dims in declared:
+            self._sizes[who] = variable.aval.size
             for dim, axes in enumerate(dims):
                 if axes is not None:
                     root = self._classes.find(variable, dim)
-                    named[root].add(who)
+                    self._named[root].add(who)
+                    self._orders[root].setdefault(axes, set()).add(who)
                     for axis in axes:
                         self._split[root, axis].add(who)
         self._conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
         for (root, axis), users in self._split.items():
-            self._conflicts[axis].append((users, named[root] - users))
+            self._conflicts[axis].append((users, self._named[root] - users))
+        for orders in self._orders.values():
+            for one, other in itertools.permutations(orders, 2):
+                if {*one} == {*other}:
+                    for axis in one:
+                        self._conflicts[axis].append((orders[one], orders[other]))
         for one, other in self._classes.pairs:
             for axis in {axis for root, axis in self._split if root == one}:
                 if (other, axis) in self._split:
                     a, b = self._split[one, axis], self._split[other, axis]
                     self._conflicts[axis] += [(a - b, b - a), (b - a, a - b)]
 
-    def find_alone(
-        self, suspects: Iterable[Hashable], others: Iterable[Hashable] = ()
-    ) -> dict[Hashable, frozenset[str]]:
-        """The mesh axes over which one of the suspects alone disagrees with all declarations.
+    def find_ending(
+        self, suspects: Iterable[Group], others: Iterable[Hashable] = ()
+    ) -> dict[str, set[Group]]:
+        """By mesh axis, the suspects without which there is no conflict over it.
 
-        For each suspect those on which there is no conflict without it, and which have no other
-        suspect of which this is true. Conflicts of which neither a suspect nor one of the `others`
-        is a side may stay: rules may differ.
+        A suspect is a declaration, or several of one rule. Of one axis with a single suspect, this
+        alone disagrees with all declarations. Of several, those count that also leave no conflict
+        with weak ones of their size, then one that alone splits anything over the axis. Conflicts
+        of which neither a suspect nor one of the `others` is a side may stay: rules may differ.
         """
         possible = set(suspects)
-        parties = possible | set(others)
-        ending = {
-            axis: {who for who in possible if _agree_without(who, pairs, parties)}
-            for axis, pairs in self._conflicts.items()
-            if not _agree_without(None, pairs, parties)
-        }
-        return {
-            who: frozenset(axis for axis, whom in ending.items() if whom == {who})
-            for who in possible
-        }
+        parties = set(others).union(*possible)
+        ending: dict[str, set[Group]] = {}
+        for axis, pairs in self._conflicts.items():
+            strong = [(one, other - self._weak) for one, other in pairs]
+            if _agree_without(frozenset(), strong, parties):
+                strong = pairs
+            if not _agree_without(frozenset(), strong, parties):
+                found = {group for group in possible if _agree_without(group, strong, parties)}
+                heavy = self._with_weak(pairs, found)
+                found = {group for group in found if _agree_without(group, heavy, parties)} or found
+                users = {who for (_, a), of in self._split.items() if a == axis for who in of}
+                ending[axis] = {group for group in found if users <= group} or found
+        return ending
 
-    def splits(self, who: Hashable, axis: str) -> bool:
+    def _with_weak(self, pairs: Sequence[Sides], suspects: Collection[Group]) -> list[Sides]:
+        """Conflicts with those weak declarations whose matrices are about as large as a suspect.
+
+        What is small, as a router beside its experts, is cut to a layout for little.
+        """
+        least = min((self._sizes[who] for group in suspects for who in group), default=0)
+        light = {who for who in self._weak if _MUCH * self._sizes[who] < least}
+        return [(one, other - light) for one, other in pairs]
+
+    def splits(self, group: Group, axis: str) -> bool:
         """Whether a declaration splits over an axis what another one says is not split so."""
-        return any(who in one and other for one, other in self._conflicts[axis])
+        return any(group & one and other for one, other in self._conflicts[axis])
 
     def sums_over(
-        self, who: Hashable, over: Collection[str]
+        self, group: Group, over: Collection[str]
     ) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Products and sums over a dim that a declaration alone splits over some axes.
+
+        Where they sum another dim, too, that others split over these, they are sums without it.
 
         Yields:
           Their file, line, and the shape of their result.
         """
-        roots = {root for (root, axis), of in self._split.items() if axis in over and of == {who}}
+        own, of_others = list[core.JaxprEqn](), set[int]()
         for number, eqn in self._classes.contracted:
-            source = source_of_equation(eqn) if self._classes.root(number) in roots else None
-            if source:
+            root = self._classes.root(number)
+            users = set().union(*(self._split.get((root, axis), ()) for axis in over))
+            own += [eqn] if users and users <= group else []
+            of_others |= {id(eqn)} if users - group else set()
+        for eqn in own:
+            if id(eqn) not in of_others and (source := source_of_equation(eqn)):
                 yield source.file, source.line, cast(Any, eqn.outvars[0]).aval.shape
 
     def layout_of_others(
-        self, who: Hashable, variable: Any, dims: Sequence[Axes | None], over: Collection[str]
+        self,
+        group: Group,
+        variable: Any,
+        dims: Sequence[Axes | None],
+        over: Collection[str],
+        *,
+        keep: bool = False,
     ) -> tuple[Axes | None, ...]:
-        """The dims of a declaration as all others lay them out over some axes."""
+        """The dims of a declaration without some axes, with those that the others split them over.
+
+        With `keep`, an axis that no dim has any more is put on the last one of which the others say
+        nothing.
+        """
         agreed: list[Axes | None] = []
-        for dim, axes in enumerate(dims):
-            root = self._classes.find(variable, dim)
+        roots = [self._classes.find(variable, dim) for dim in range(len(dims))]
+        for root, axes in zip(roots, dims, strict=True):
             kept = tuple(axis for axis in axes or () if axis not in over)
-            come = (axis for axis in sorted(over) if self._split.get((root, axis), set()) - {who})
-            agreed.append(None if axes is None else (*kept, *come))
+            of_others = (order for order, whose in self._orders[root].items() if whose - group)
+            come = dict.fromkeys(itertools.chain(kept, *of_others))
+            agreed.append(None if axes is None else (*come,))
+        split = {axis for axes in agreed for axis in axes or ()}
+        for axis in (axis for axes in dims if keep for axis in axes or () if axis not in split):
+            free = [dim for dim, root in enumerate(roots) if self._is_free(root, axis, group)]
+            if free:
+                agreed[free[-1]] = (*(agreed[free[-1]] or ()), axis)
         return tuple(agreed)
 
+    def _users(self, root: int, axis: str, group: Group) -> set[Hashable]:
+        """The other declarations that split a class over an axis."""
+        return self._split.get((root, axis), set()) - group
 
-def _contracted(eqn: core.JaxprEqn) -> Iterator[tuple[Any, int]]:
-    """The dims of operands that a product or a sum takes together."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-    elif name == "conv_general_dilated":
-        contracted = params["dimension_numbers"].lhs_spec[1:2]
-    else:
-        contracted = params["axes"] if name.startswith(_DROPPING) and "axes" in params else ()
-    yield from ((eqn.invars[0], dim) for dim in contracted)
+    def _is_free(self, root: int, axis: str, group: Group) -> bool:
+        """Whether no other declaration is at odds with a class that is split over an axis."""
+        beside = (other for one, other in self._classes.pairs if one == root)
+        beside = itertools.chain(
+            beside, (one for one, other in self._classes.pairs if other == root)
+        )
+        return self._named[root] <= group and not any(
+            self._users(other, axis, group) for other in beside
+        )
 
 
-def _agree_without(who: Hashable, conflicts: Sequence[Sides], parties: set[Hashable]) -> bool:
+def _agree_without(group: Group, conflicts: Sequence[Sides], parties: set[Hashable]) -> bool:
     """Whether no party is on either side of a conflict any more, and one has ended."""
-    left = [(one - {who}, other - {who}) for one, other in conflicts]
-    ended = who is None or any(
+    left = [(one - group, other - group) for one, other in conflicts]
+    ended = not group or any(
         sides != before and not all(sides) and all(before)
         for sides, before in zip(left, conflicts, strict=True)
     )
     return ended and not any(one and other and (one | other) & parties for one, other in left)
-
-
-class _Classes:
-    """Classes of the dims of a program's variables, by union of what operations pass on.
-
-    JAX traces a jitted function once for all calls with equal shapes: two calls of `jax.nn.relu`
-    share a body, whose dims are of two classes. So a variable of a body counts once for each call;
-    only where something in it is declared do all its calls share their classes.
-    """
-
-    def __init__(self, jaxpr: core.Jaxpr, declared: Iterable[Any]) -> None:
-        self._parents: list[int] = []
-        self._numbers: dict[tuple[int, int, int], int] = {}
-        self._arrays: list[tuple[int, ...]] = []
-        self._declared = {id(variable) for variable in declared}
-        self._shared: dict[int, bool] = {}
-        self._calls = 0
-        self.contracted: list[tuple[int, core.JaxprEqn]] = []
-        self._follow(jaxpr, 0)
-        self.pairs = {  # two classes that are dims of one array
-            pair
-            for array in self._arrays
-            for pair in itertools.combinations({self.root(n) for n in array}, 2)
-        }
-
-    def find(self, variable: Any, dim: int) -> int:
-        """The class of a dim of a declared variable, as a number."""
-        return self.root(self._number(0, variable, dim))
-
-    def _number(self, call: int, variable: Any, dim: int) -> int:
-        key = call, id(variable), dim
-        if key not in self._numbers:
-            shape = variable.aval.shape
-            first = len(self._parents)
-            self._parents += range(first, first + len(shape))
-            self._numbers |= {(call, id(variable), i): first + i for i in range(len(shape))}
-            self._arrays.append(tuple(range(first, first + len(shape))))
-        return self._numbers[key]
-
-    def root(self, number: int) -> int:
-        """The class of a numbered dim."""
-        while self._parents[number] != number:
-            self._parents[number] = self._parents[self._parents[number]]
-            number = self._parents[number]
-        return number
-
-    def _join(self, one: Any, other: Any, pairs: Iterable[tuple[int, int]], *calls: int) -> None:
-        """Joins dims of two variables, each of the call that it is in."""
-        if isinstance(one, core.Literal) or isinstance(other, core.Literal):
-            return
-        for i, j in pairs:
-            ends = ((calls[0], one, i), (calls[-1], other, j))
-            a, b = (self.root(self._number(*end)) for end in ends)
-            self._parents[a] = b
-
-    def _follow(self, jaxpr: core.Jaxpr, call: int) -> None:
-        for eqn in jaxpr.eqns:
-            bodies = list(core.jaxprs_in_params(eqn.params))
-            for body in bodies:
-                inner = 0 if self._is_shared(body) else self._calls + 1
-                self._calls = max(self._calls, inner)
-                self._follow(body, inner)
-                self._call(eqn, body, call, inner)
-            if not bodies:
-                for one, other, pairs in _passed_on(eqn):
-                    self._join(one, other, pairs, call)
-                self.contracted += (
-                    (self._number(call, variable, dim), eqn)
-                    for variable, dim in _contracted(eqn)
-                    if not isinstance(variable, core.Literal)
-                )
-
-    def _is_shared(self, body: core.Jaxpr) -> bool:
-        """Whether something is declared in a body."""
-        if id(body) not in self._shared:
-            inner = (v for eqn in equations(body) for v in (*eqn.invars, *eqn.outvars))
-            self._shared[id(body)] = any(id(v) in self._declared for v in inner)
-        return self._shared[id(body)]
-
-    def _call(self, eqn: core.JaxprEqn, body: core.Jaxpr, call: int, inner: int) -> None:
-        """Joins what is passed to a body and what it returns; a loop's arrays have a dim more."""
-        passed = zip(reversed(eqn.invars), reversed(body.invars), strict=False)
-        returned = zip(reversed(eqn.outvars), reversed(body.outvars), strict=False)
-        for outside, inside in (*passed, *returned):
-            self._join(outside, inside, _last_dims(outside, inside), call, inner)
-        if eqn.primitive.name == "scan":
-            fixed, carried = count_scan_operands(eqn)
-            inputs = body.invars[fixed : fixed + carried]
-            for one, other in zip(inputs, body.outvars[:carried], strict=True):
-                self._join(one, other, _last_dims(one, other), inner)
-
-
-def _last_dims(one: Any, other: Any) -> Iterator[tuple[int, int]]:
-    a, b = (getattr(v.aval, "ndim", 0) for v in (one, other))
-    return ((a - n, b - n) for n in range(1, min(a, b) + 1))
-
-
-_Passed = Iterator[tuple[Any, Any, Iterable[tuple[int, int]]]]
-
-
-def _passed_on(eqn: core.JaxprEqn) -> _Passed:
-    """Pairs of variables of an operation, with the dims of theirs that are the same."""
-    name, params = eqn.primitive.name, eqn.params
-    if not eqn.outvars:  # all of its results were dropped
-        return
-    ins, out = cast(Sequence[Any], eqn.invars), cast(Any, eqn.outvars[0])
-    if name == "dot_general":
-        yield from _product(eqn)
-    elif name == "broadcast_in_dim":
-        yield ins[0], out, _equal(ins[0], out, enumerate(params["broadcast_dimensions"]))
-    elif name == "transpose":
-        yield ins[0], out, ((i, n) for n, i in enumerate(params["permutation"]))
-    elif name == "reshape":
-        yield ins[0], out, _reshape(ins[0].aval.shape, out.aval.shape)
-    elif name == "squeeze" or (name.startswith(_DROPPING) and "axes" in params):
-        dropped = params["dimensions"] if name == "squeeze" else params["axes"]
-        left = (i for i in range(ins[0].aval.ndim) if i not in dropped)
-        yield ins[0], out, ((i, n) for n, i in enumerate(left))
-    elif name == "gather":
-        yield from _gather(params["dimension_numbers"], ins[0], ins[1], out)
-    elif name.startswith("scatter"):
-        yield from _scatter(params["dimension_numbers"], ins[1], ins[2], out)
-        yield ins[0], out, _equal(ins[0], out)
-    elif name == "conv_general_dilated":
-        lhs, rhs, result = params["dimension_numbers"]
-        yield ins[0], out, [(lhs[0], result[0])]
-        yield ins[0], ins[1], [(lhs[1], rhs[1])]
-        yield ins[1], out, [(rhs[0], result[1])]
-    elif name in ("stack", "unstack"):
-        parts = ins if name == "stack" else cast(Sequence[Any], eqn.outvars)
-        left = [i for i in range(parts[0].aval.ndim + 1) if i != params["axis"]]
-        yield from ((v, out if name == "stack" else ins[0], enumerate(left)) for v in parts)
-    elif name in _PIECES:  # of which a layout of the whole is one too
-        yield from ((v, out, _pieces(v, out)) for v in ins)
-    else:  # element by element
-        yield from ((v, out, _equal(v, out)) for v in (*ins, *eqn.outvars[1:]))
-
-
-def _equal(
-    one: Any, other: Any, pairs: Iterable[tuple[int, int]] | None = None
-) -> list[tuple[int, int]]:
-    """Those of some pairs of dims that have one size; by default of all, if ranks are equal."""
-    a, b = (getattr(v.aval, "shape", ()) for v in (one, other))
-    if pairs is None:
-        pairs = ((i, i) for i in range(len(a))) if len(a) == len(b) else ()
-    return [(i, j) for i, j in pairs if a[i] == b[j]]
-
-
-def _pieces(piece: Any, whole: Any) -> list[tuple[int, int]]:
-    """All dims of two arrays of one rank but those of which one element is taken or added."""
-    a, b = (getattr(v.aval, "shape", ()) for v in (piece, whole))
-    dims = range(len(a)) if len(a) == len(b) else ()
-    return [(i, i) for i in dims if a[i] == b[i] or min(a[i], b[i]) > 1]
-
-
-def _product(eqn: core.JaxprEqn) -> _Passed:
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    left, right = cast(Sequence[Any], eqn.invars)
-    yield left, right, [*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)]
-    free = [i for i in range(left.aval.ndim) if i not in (*lc, *lb)]
-    yield left, eqn.outvars[0], ((i, n) for n, i in enumerate((*lb, *free)))
-    other = [i for i in range(right.aval.ndim) if i not in (*rc, *rb)]
-    yield right, eqn.outvars[0], ((i, n) for n, i in enumerate(other, len(lb) + len(free)))
-
-
-def _gather(numbers: Any, table: Any, indices: Any, out: Any) -> _Passed:
-    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    sliced = [i for i in range(table.aval.ndim) if i not in dropped]
-    yield table, out, _equal(table, out, zip(sliced, numbers.offset_dims, strict=False))
-    rows = (n for n in range(out.aval.ndim) if n not in numbers.offset_dims)
-    yield indices, out, zip(range(indices.aval.ndim - 1), rows, strict=False)
-
-
-def _scatter(numbers: Any, indices: Any, updates: Any, out: Any) -> _Passed:
-    inserted = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    windows = [i for i in range(out.aval.ndim) if i not in inserted]
-    yield updates, out, _equal(updates, out, zip(numbers.update_window_dims, windows, strict=False))
-    rows = (n for n in range(updates.aval.ndim) if n not in numbers.update_window_dims)
-    yield indices, updates, zip(range(indices.aval.ndim - 1), rows, strict=False)
-
-
-def _reshape(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The slowest dims of the groups that a reshape keeps apart: (8, 16, 4) → (8, 64) has two."""
-    i = j = 0
-    while i < len(old) and j < len(new):
-        if old[i] == 1 or new[j] == 1:
-            i, j = i + (old[i] == 1), j + (new[j] == 1)
-            continue
-        yield i, j
-        a, b, i, j = old[i], new[j], i + 1, j + 1
-        while a != b:
-            if a < b and i < len(old):
-                a, i = a * old[i], i + 1
-            elif j < len(new):
-                b, j = b * new[j], j + 1
-            else:
-                return

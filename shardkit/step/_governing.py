@@ -1,18 +1,22 @@
 """Which lines of the loss each of its constraints decides the layout of."""
 
+import dataclasses
+import functools
+import itertools
 import re
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.equations import is_written_in, source_of_equation
+from .._core.equations import is_written_in, name_derivative_rule, source_of_equation
+from .._core.scope_markers import OF_THE_STEP
 from ..nn._constrain import constrain_p
-from ..report import GoverningConstraint, OddDeclaration, PlacedLeaf, find_first_reader
+from ..report import PRODUCTS, GoverningConstraint, OddDeclaration, PlacedLeaf, find_first_reader
 from ..rules import axes_of
 from ._activations import Activations
-from ._disagreements import Declared, Disagreements
+from ._disagreements import Declared, Disagreements, Group
 
 # Operations that compute each element of their result from one element of each operand.
 _ELEMENTWISE = frozenset(
@@ -23,8 +27,10 @@ _ELEMENTWISE = frozenset(
 )
 _SHARD_MAP = "shard_map"
 _MOST = 32
+_FEW = 10  # leaves of a rule, of which all choices are compared
 _Dims = tuple[tuple[str, ...] | None, ...]
 _Line = tuple[str, int]
+_Who = tuple[str, str, str, tuple[int, ...], tuple[tuple[str, ...], ...]]  # the rule first
 _Found = tuple[GoverningConstraint, Any, _Dims, bool]
 
 
@@ -47,10 +53,13 @@ def find_governing_constraints(
     declared += [
         (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
     ]
-    disagreements = Disagreements(jaxpr, declared)
+    whole = (who for leaf, (who, *_) in leaves if leaf.part != "batch" and not leaf.axes())
+    disagreements = Disagreements(jaxpr, declared, set(whole))
     odd = list(_odd_constraints(disagreements, zip(lines, found, strict=True)))
-    known = {*rows, *(axis for one in odd for axis in one.axes)}
-    odd += _odd_leaves(disagreements, jaxpr, leaves, set(lines), known)
+    known = {axis for one in odd for axis in one.axes}
+    suspects = [(leaf, of) for leaf, of in leaves if not _splits_rows(leaf, rows)]
+    others = {*lines, *(who for _, (who, *_) in leaves)}
+    odd += _odd_leaves(disagreements, jaxpr, suspects, others, known)
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
     return [
         one
@@ -64,13 +73,16 @@ def _odd_constraints(
     disagreements: Disagreements, found: Iterable[tuple[_Line, _Found]]
 ) -> Iterator[OddDeclaration]:
     known = dict(reversed(list(found)))  # the first of each line
-    for line, axes in disagreements.find_alone(known).items():
-        one, variable, dims, _ = known[cast(_Line, line)]
+    suspects = {line: frozenset({line}) for line in known}
+    ending = disagreements.find_ending(suspects.values())
+    for line, (one, variable, dims, _) in known.items():
+        group = suspects[line]
+        axes = frozenset(axis for axis, groups in ending.items() if groups == {group})
         if axes:
-            layout = disagreements.layout_of_others(line, variable, dims, axes)
+            layout = disagreements.layout_of_others(group, variable, dims, axes)
             text = f"the constraint at {one.source}"
             shape = cast(Any, variable).aval.shape
-            lines = frozenset(disagreements.sums_over(line, axes))
+            lines = frozenset(disagreements.sums_over(group, axes))
             yield OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
 
 
@@ -78,52 +90,126 @@ def _odd_leaves(
     disagreements: Disagreements,
     jaxpr: core.Jaxpr,
     leaves: Sequence[tuple[PlacedLeaf, Declared]],
-    lines: set[_Line],
+    others: set[Hashable],
     known: Collection[str],
 ) -> Iterator[OddDeclaration]:
     """Those over axes that leaves bring in where all others say that nothing is split.
 
-    Of matrices that are multiplied also those that others lay out over the same axes otherwise:
-    of two that disagree, the one for whose product something is moved can be changed. Axes `known`
-    are left out: those of rows, and those that a constraint is at odds over.
+    These are the leaves of one name, or all of one shape and layout by one rule. Over axes with
+    none, those of each matrix that is multiplied and that others lay out over the same axes
+    otherwise: of two that disagree, the one for whose product something is moved can be changed.
+    Axes `known` are left out: those that a constraint is at odds over.
     """
-    alone = disagreements.find_alone((who for _, (who, *_) in leaves), lines)
-    groups: dict[Hashable, list[tuple[PlacedLeaf, Any]]] = {}
-    for leaf, (who, variable, _) in leaves:
-        groups.setdefault(who, []).append((leaf, variable))
-    for who, members in groups.items():
+    groups = _group_leaves(leaves)
+    over = {
+        group: {
+            a for a in members[0][0].axes() if a not in known and disagreements.splits(group, a)
+        }
+        for group, members in groups.items()
+    }
+    alone = dict(_find_alone(disagreements, over, others))
+    odd: list[tuple[frozenset[Group], OddDeclaration]] = []
+    for group, members in groups.items():
         leaf, variable = members[0]
-        split = {a for a in leaf.axes() if a not in known and disagreements.splits(who, a)}
-        reader = find_first_reader(jaxpr, variable) if split else None
+        reader = find_first_reader(jaxpr, variable) if over[group] else None
         if reader is None:
             continue
-        multiplied = leaf.part == "params" and reader[1]
-        layout = disagreements.layout_of_others(who, variable, leaf.dims(), split)
-        axes = split & alone[who]
-        if multiplied and layout != leaf.dims():
-            axes |= {axis for dim in layout for axis in dim or () if axis in split}
+        axes = {axis for axis, of in alone.items() if group in of}
+        of_rule = frozenset({group}).union(*(alone[axis] for axis in axes))
+        whose = frozenset[Hashable]().union(*of_rule)
+        lay_out = functools.partial(disagreements.layout_of_others, whose, variable, leaf.dims())
+        multiplied = leaf.part == "params" and reader[1] in PRODUCTS
+        either = not axes and multiplied and len(group) == 1
+        if either and (layout := lay_out(over[group])) != leaf.dims():
+            axes = {a for dim in layout for a in dim or () if a in over[group] - {*alone}}
         if axes:
-            yield OddDeclaration(
+            one = OddDeclaration(
                 reader[0],
                 frozenset(axes),
                 f"{leaf.declared_by} of {leaf.name}",
                 shape=leaf.leaf.shape,
-                layout=disagreements.layout_of_others(who, variable, leaf.dims(), axes),
-                sums=frozenset(disagreements.sums_over(who, axes)),
+                layout=lay_out(axes, keep=not either and (multiplied or reader[1] == "gather")),
+                sums=frozenset(disagreements.sums_over(whose, axes)),
                 leaves=tuple(leaf for leaf, _ in members),
-                multiplied=multiplied,
+                either=either,
             )
+            odd.append((of_rule, one))
+    for of_rule, one in odd:
+        beside = tuple(other for of, other in odd if of == of_rule and other is not one)
+        yield dataclasses.replace(one, beside=beside)
+
+
+def _find_alone(
+    disagreements: Disagreements, over: Mapping[Group, set[str]], others: set[Hashable]
+) -> Iterator[tuple[str, frozenset[Group]]]:
+    """By mesh axis, the declaration without which there is no conflict over it.
+
+    Model state comes before a parameter that it is the average of. Where there is no declaration,
+    the fewest matrices of one rule: those for which it is wrong.
+    """
+    for axis, ending in disagreements.find_ending(over, others).items():
+        possible = [group for group in ending if axis in over[group]]
+        single = [group for group in possible if len(group) == 1] or possible
+        averages = [g for g in single if {cast(_Who, who)[1] for who in g} == {"model_state"}]
+        single = averages or single
+        if len(single) == 1:
+            yield axis, frozenset(single)
+        elif not single:
+            named = [group for group in over if len(group) == 1 and axis in over[group]]
+            yield from ((axis, few) for few in _find_few(disagreements, named, axis, others))
+
+
+def _find_few(
+    disagreements: Disagreements, named: Sequence[Group], axis: str, others: set[Hashable]
+) -> Iterator[frozenset[Group]]:
+    by_rule: dict[str, list[Group]] = {}
+    for group in named:
+        for who in group:
+            by_rule.setdefault(cast(_Who, who)[0], []).append(group)
+    for number in range(2, 1 + (_FEW if len(named) < _FEW else 3)):
+        sets = {
+            frozenset[Hashable]().union(*few): frozenset(few)
+            for of_rule in by_rule.values()
+            for few in itertools.combinations(of_rule, number)
+        }
+        ending = disagreements.find_ending(sets, others).get(axis, set())
+        if ending:
+            yield from (sets[whose] for whose in ending if len(ending) == 1)
+            return
+
+
+def _group_leaves(
+    leaves: Iterable[tuple[PlacedLeaf, Declared]],
+) -> dict[Group, list[tuple[PlacedLeaf, Any]]]:
+    """Leaves and their variables by declaration, then those of several of one rule and layout."""
+    named: dict[Hashable, list[tuple[PlacedLeaf, Any]]] = {}
+    of_rules: dict[Hashable, dict[Hashable, None]] = {}
+    for leaf, (who, variable, dims) in leaves:
+        named.setdefault(who, []).append((leaf, variable))
+        rule = leaf.declared_by, leaf.leaf.shape, tuple(dims)
+        if leaf.part != "batch" and len(leaf.leaf.shape) > 1:
+            # Of the matrices of a rule some can be right: one counts with its average alone.
+            rule = *rule, re.sub(r"\d+", "", leaf.leaf.path)
+        of_rules.setdefault(rule, {})[who] = None
+    groups = {frozenset({who}): members for who, members in named.items()}
+    several = (of_rule for of_rule in of_rules.values() if len(of_rule) > 1)
+    return groups | {
+        frozenset(whose): [m for who in whose for m in named[who]] for whose in several
+    }
 
 
 def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_Found]:
     """Each constraint with a line, its array, its dims, and whether it is of the backward pass."""
     made_by = {id(value): eqn for eqn in jaxpr.eqns for value in eqn.outvars}
     for eqn in jaxpr.eqns:
+        if eqn.params.get("name") == OF_THE_STEP:
+            continue
         for inner in core.jaxprs_in_params(eqn.params):
             yield from _find_constraints(inner, activations)
-        source = source_of_equation(eqn)
-        if source is None:
+        line = source_of_equation(eqn)
+        if line is None:
             continue
+        source = name_derivative_rule(eqn, line)
         for value, result, entries in _constrained(eqn, activations):
             lines = frozenset(_lines_before(value, made_by))
             dims = tuple(
@@ -138,22 +224,29 @@ def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_
 def _declared_leaves(
     jaxpr: core.Jaxpr, placed: Sequence[PlacedLeaf], rows: Collection[str]
 ) -> Iterator[tuple[PlacedLeaf, Declared]]:
-    """What rules say of parameters and of the batch; axes of rows only store a matrix in shards.
+    """What rules say of parameters, model state and the batch.
 
+    Axes of rows only store a matrix in shards.
     The batch spec, and the rule of a vector, say which dims are split, not that others are not.
     Leaves of one name, shape and layout in several layers are of one declaration.
     """
     for leaf, variable in zip(placed, jaxpr.invars, strict=False):
-        if leaf.part not in ("params", "batch"):
+        if leaf.part == "opt_state":
             continue
         dims = leaf.dims()
-        if leaf.part == "params":
+        if leaf.part != "batch":
             dims = tuple(tuple(a for a in dim if a not in rows) for dim in dims)
         silent = leaf.part == "batch" or len(leaf.leaf.shape) < 2
         name = "/".join(part for part in leaf.name.split("/") if not part.isdigit())
         last = re.sub(r"\d+", "", "/".join(name.rsplit("/", 2)[-2:]))
-        who = leaf.part, last, leaf.leaf.shape, dims
+        who = leaf.declared_by, leaf.part, last, leaf.leaf.shape, dims
         yield leaf, (who, variable, tuple(dim or None if silent else dim for dim in dims))
+
+
+def _splits_rows(leaf: PlacedLeaf, rows: Collection[str]) -> bool:
+    """Whether a leaf of the batch is split by its rows alone, as the batch is."""
+    first = {axis for dim in leaf.dims()[:1] for axis in dim}
+    return leaf.part == "batch" and {*leaf.axes()} <= first & {*rows}
 
 
 def _lines_before(value: Any, made_by: dict[int, core.JaxprEqn]) -> Iterator[tuple[str, int]]:

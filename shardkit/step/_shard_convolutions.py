@@ -40,6 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.equations import user_line
 from .._core.errors import Problem, StepError, raise_all
 from .._core.rewriting import Changes
+from .._core.scope_markers import OF_THE_STEP
 
 _CONVOLUTION = jax.lax.conv_general_dilated_p
 _convolution_p = core.Primitive("shardkit_convolution")
@@ -129,9 +130,11 @@ def _on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> c
 
 
 def _call_in_place(equation: core.JaxprEqn, function: Any, *args: Any) -> core.JaxprEqn:
+    named = functools.wraps(function)(lambda *args: function(*args))
+    named.__name__ = OF_THE_STEP
     # What is computed in place of an equation has its line too.
     with source_info_util.user_context(equation.source_info.traceback):
-        [call] = jax.make_jaxpr(jax.jit(function))(*args).eqns
+        [call] = jax.make_jaxpr(jax.jit(named))(*args).eqns
     return call.replace(
         invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info
     )

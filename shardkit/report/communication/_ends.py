@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..._core.scope_markers import OF_THE_STEP
 from ..._core.source import Source
 from .._placed_leaf import PlacedLeaf
 from ..hlo._hlo import Computation, Instruction, parse_shapes
@@ -145,7 +146,7 @@ class _EndsReader:
                 return own
             read = self._weights.get((own.file, own.line), ())
             return own if {*read} & {*odd.leaves} else odd.source
-        if odd is not None and not odd.leaves:
+        if odd is not None and not odd.either:
             return odd.source
         near = wanted.source if wanted and wanted.source else own
         if made and made.phase in _COMPUTED and wanted:
@@ -167,11 +168,16 @@ class _EndsReader:
     def _odd(self, row: LedgerRow) -> OddDeclaration | None:
         """The declaration that all others disagree with over axes of a row, if there is one.
 
-        One of what is multiplied only if no other declaration is at odds over them.
+        Of several leaves that one rule is wrong for it is the one whose line the row has, or the
+        first. One of what is multiplied only if no other declaration is at odds over them.
         """
         over = [one for one in self._program.declared.odd if one.axes & {*row.axes}]
-        odd = [one for one in over if not one.multiplied] or over
-        return odd[0] if len({one.source for one in odd}) == 1 else None
+        odd = [one for one in over if not one.either] or over
+        if len({one.source for one in odd}) > 1 and len(odd[0].beside) + 1 != len(odd):
+            return None
+        lines = {(line.file, line.line) for line in row.sources if line}
+        own = (one for one in odd if (one.source.file, one.source.line) in lines)
+        return next(own, next(iter(odd), None))
 
     def _causes(
         self, odd: OddDeclaration, row: LedgerRow, source: Source | None, own: Source | None
@@ -183,7 +189,7 @@ class _EndsReader:
 
     def _sums(self, odd: OddDeclaration, row: LedgerRow, own: Source) -> bool:
         """Whether a row reduces what a declaration alone makes a sum over devices."""
-        if odd.multiplied:
+        if odd.either:
             return False
         operands = [shape.dims for text in row.operands for shape in parse_shapes(text)]
         return odd.makes_sum(own, operands, row.axes, self._program.sizes)
@@ -259,12 +265,13 @@ class _EndsReader:
         return any(one.forbids(row.axes, batch_axes) for one in own)
 
     def _tell(self, instruction: Instruction, here: Computation) -> "_Operation | None":
-        """What an instruction is, if it has a JAX path; a constraint without a line is none."""
+        """What an instruction is, if it has a JAX path; a constraint of the step's own is none."""
         if not instruction.op_name or instruction.opcode == "get-tuple-element":
             return None
         name, phase = last_name(instruction.op_name), phase_of(instruction.op_name)
         source = self._sources.of(instruction, here)
-        silent = source is None and name in CONSTRAINTS
+        of_step = source is None or OF_THE_STEP in instruction.op_name
+        silent = of_step and name in CONSTRAINTS
         return None if silent else _Operation(name, phase, source)
 
     def _other_end(self, row: LedgerRow, wanted: "_Operation | None") -> str:
@@ -289,10 +296,11 @@ class _EndsReader:
 
     def _declaration(self, row: LedgerRow, leaf: PlacedLeaf | None, source: Source | None) -> str:
         """The declaration that decides one of the two layouts; "" where that is not certain."""
-        if last_name(row.op_name) in CONSTRAINTS and self._forces(source, row):
-            return f"{_CONSTRAINT}{source}" if source else "a constraint"
+        by_user = source is not None and OF_THE_STEP not in row.op_name
+        if by_user and last_name(row.op_name) in CONSTRAINTS and self._forces(source, row):
+            return f"{_CONSTRAINT}{source}"
         if leaf is not None and set(row.axes) <= set(leaf.axes()):
-            return leaf.declared_by
+            return declarations([leaf])
         if row.by_optimizer and source is None:
             return "the optimizer"
         over = [a for a in row.axes if (row.computation, row.name, a) in self._reducing]

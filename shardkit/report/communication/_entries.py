@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
+_AVERAGING = ("mul", "add", "sub")
 _FORMS = ("convert_element_type", "transpose")
 Line = tuple[str, int]
 
@@ -53,15 +54,20 @@ def find_entry(program: "Program", axes: Sequence[str]) -> Source | None:
     return next((next(iter(of.values())) for of in (found, spread) if len(of) == 1), None)
 
 
-def find_first_reader(jaxpr: core.Jaxpr, argument: Any) -> tuple[Source, bool] | None:
-    """The line that first reads an argument of a traced step, and whether that is a product.
+def find_first_reader(jaxpr: core.Jaxpr, argument: Any) -> tuple[Source, str] | None:
+    """The line that first reads an argument of a traced step, and the name of its operation.
 
-    Constraints are passed over: convolutions have some of the step's own.
+    Constraints are passed over: convolutions have some of the step's own. So is what computes an
+    average of a matrix, where something else reads it too.
     """
-    for eqn, line, _ in _readers(jaxpr, {argument: 0}):
-        if eqn.primitive.name not in CONSTRAINTS:
-            return line, eqn.primitive.name in PRODUCTS
-    return None
+    readers = [
+        one for one in _readers(jaxpr, {argument: 0}) if one[0].primitive.name not in CONSTRAINTS
+    ]
+    others = (
+        one for one in readers if argument.aval.ndim < 2 or one[0].primitive.name not in _AVERAGING
+    )
+    first = next(others, next(iter(readers), None))
+    return first and (first[1], first[0].primitive.name)
 
 
 def splits_matrix(program: "Program", axes: Sequence[str]) -> bool:

@@ -62,8 +62,10 @@ class OddDeclaration:
       layout: mesh axes that split each dim where the others decide; None of a dim left open.
       sums: products and sums over a dim that it alone splits over these axes: file, line, and the
         shape of the result.
-      leaves: the parameters, or leaves of the batch, that it lays out; () of a constraint.
-      multiplied: they are parameters, and what first reads them is a product.
+      leaves: those of the parameters, the model state or the batch that it lays out; () of a
+        constraint.
+      either: they are matrices of which another one, that disagrees, can be changed as well.
+      beside: what the same rule says of other leaves, where it disagrees only with all of these.
     """
 
     source: Source
@@ -73,7 +75,19 @@ class OddDeclaration:
     layout: tuple[tuple[str, ...] | None, ...]
     sums: frozenset[tuple[str, int, tuple[int, ...]]]
     leaves: tuple[PlacedLeaf, ...] = ()
-    multiplied: bool = False
+    either: bool = False
+    beside: tuple["OddDeclaration", ...] = ()
+
+    def layouts(
+        self, sizes: Mapping[str, int]
+    ) -> dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]]:
+        """By part of the step, such as `"params"`, what its leaves would be on a mesh."""
+        parts: dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]] = {}
+        for one in (self, *self.beside):
+            dims = tuple(axes or () for axes in one.dims(sizes))
+            for leaf in one.leaves:
+                parts.setdefault(leaf.part, {})[leaf] = dims
+        return parts
 
     def makes_sum(
         self,

@@ -27,8 +27,9 @@ class Finding:
       source: the line of the user's code that causes most of it; None if unknown.
       rows: the collectives that send these bytes, as indices into `report.ledger`.
       alternatives: what `step.report(try_fixes=True)` compiles: `"constrain"` (the rows of what
-        `source` computes), `"agree"` (the layout that all other declarations have), `"shard_map"`
-        (the mode), `"end"` (one reduction per step) or `"owners"` (matrices of the optimizer).
+        `source` computes), `"agree"` (the layout that all other declarations have), `"follow"` (the
+        layout of the parameters for their moments), `"shard_map"` (the mode), `"end"` (one
+        reduction per step) or `"owners"` (matrices of the optimizer).
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 

@@ -1,7 +1,7 @@
 """What to change where all other declarations disagree with one: that one, to their layout."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
@@ -16,7 +16,7 @@ _KINDS = frozenset(
     """parameter_gather resharding dim_gather product_gather activation_gather gradient_gather
     stored_contraction split_contraction replicated_activation""".split()
 )
-_WHY = "as all other declarations lay this array out"
+_WHY = "which all other declarations agree with"
 
 
 def correct_declarations(program: Program, findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -48,20 +48,21 @@ def find_blamed(
 
 
 def _suggest_layout(odd: OddDeclaration, program: Program) -> str:
-    dims = odd.dims(program.sizes)
     if not odd.leaves:
+        dims = odd.dims(program.sizes)
         spec = format_spec([axes for axes in dims if axes is not None])
         return f"{spec} in the constraint at {odd.source}, {_WHY}"
-    spec = format_spec([axes or () for axes in dims])
-    if odd.leaves[0].part == "batch":
-        of_batch = [leaf for leaf in program.leaves if leaf.part == "batch"]
-        return f"batch={_rules(of_batch, odd.leaves, spec)}, {_WHY}"
-    rules = _rules(odd.leaves, odd.leaves, spec)
-    return f"params=sk.first_match({rules}, strategy.params), {_WHY}"
+    known = {leaf: leaf.dims() for leaf in program.leaves if leaf.part == "batch"}
+    code = (
+        f"batch={_rules(known | dims)}"
+        if part == "batch"
+        else f"{part}=sk.first_match({_rules(dims)}, strategy.{part})"
+        for part, dims in odd.layouts(program.sizes).items()
+    )
+    return f"{' and '.join(code)}, {_WHY}"
 
 
-def _rules(leaves: Sequence[PlacedLeaf], changed: Sequence[PlacedLeaf], spec: str) -> str:
-    """`sk.PathRules({"scale": P(None)})`: the specs of some leaves, with a new one of others."""
-    specs = {leaf.leaf.path: spec if leaf in changed else str(leaf.spec) for leaf in leaves}
-    listed = ", ".join(f'"{path}": {text}' for path, text in specs.items())
-    return f"sk.PathRules({{{listed}}})"
+def _rules(layouts: Mapping[PlacedLeaf, Sequence[Sequence[str]]]) -> str:
+    """`sk.PathRules({"scale": P(None)})`."""
+    specs = (f'"{leaf.leaf.path}": {format_spec(dims)}' for leaf, dims in layouts.items())
+    return f"sk.PathRules({{{', '.join(specs)}}})"

@@ -27,8 +27,8 @@ def find_of_other_rows(program: Program, findings: Sequence[Finding]) -> list[Fi
         claimed.update(row for one in found for row in one.rows)
         others += found
     judged = {row for one in others for row in one.rows}
-    moved = activation_parts(program, claimed, is_moved).values()  # too little to be a finding
-    judged |= {number for parts in moved for number, _, _ in parts}
+    moved = activation_parts(program, claimed, is_moved)  # too little to be a finding
+    judged |= {number for _, parts in moved for number, _, _ in parts}
     return [*others, *_unexplained_collective(program, judged)]
 
 

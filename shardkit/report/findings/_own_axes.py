@@ -67,7 +67,7 @@ def gradient_gathers(program: Program, claimed: Collection[int]) -> Iterator[Fin
     # The constraints that a step has for gradients are of no phase of the loss.
     phases = (*COMPUTING, "other")
     gathered = activation_parts(program, claimed, _is_gradient, over, forms=forms, phases=phases)
-    for axes, parts in gathered.items():
+    for axes, parts in gathered:
         names = ", ".join(axes)
         what = f"of gradients, computed in parts over {names} and gathered: their parameters are "
         what += "whole, and something that they are computed from is split"
@@ -83,7 +83,7 @@ def split_contractions(program: Program, claimed: Collection[int]) -> Iterator[F
     if program.declared.kinds or not program.leaves or program.jaxpr is None:
         return
     over = {axis for row in program.ledger for axis in row.axes} - program.batch_axes
-    for axes, parts in activation_parts(program, claimed, _is_widened, over).items():
+    for axes, parts in activation_parts(program, claimed, _is_widened, over):
         names = ", ".join(axes)
         what = f"of results of products that contract a dim split over {names}, which are larger "
         what += "than the activations multiplied"
@@ -112,7 +112,7 @@ def _gathers(
     if program.declared.kinds or not program.leaves:
         return
     over = {axis for row in program.ledger for axis in row.axes} - program.batch_axes
-    for axes, parts in activation_parts(program, claimed, wanted, over).items():
+    for axes, parts in activation_parts(program, claimed, wanted, over):
         names = ", ".join(axes)
         text = f"of activations {what}, over {names}"
         finding = _at_largest(build_finding(program, kind, axes, parts, text), parts)

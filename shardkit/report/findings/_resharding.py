@@ -1,8 +1,9 @@
 """Searches for activations, and for optimizer state, that all-to-alls bring to another layout."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..communication._ledger import LedgerRow
 from ..hlo._hlo import parse_shapes
@@ -10,6 +11,8 @@ from ._finding import SMALL, Finding, about_rows
 from ._messages import format_spec
 from ._row_axes import COMPUTING, row_axes
 from ._spec_mismatches import format_leaf
+
+FOLLOW = "follow"
 
 
 def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
@@ -28,6 +31,9 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             continue  # the rows of an activation are moved
         groups.setdefault((row.axes, str(row.source or row.scope), specs), []).append(row)
     for (axes, _, specs), rows in groups.items():
+        # What the update alone moves is in a moment's layout, of its own rule, on one side.
+        of_update = all(row.phase == "update" for row in rows)
+        moments = program.own_layouts(axes) if of_update else {}
         times = f"{len(rows)} × " if len(rows) > 1 else ""
         yield Finding(
             "resharding",
@@ -39,8 +45,10 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             f"{', '.join(axes)}: "
             + (specs or "its producer and its consumer are split differently")
             + _declarations(rows),
-            fix=_suggest_layout_of_param(rows, program)
-            or "constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
+            fix=f"opt_state={_followed(moments)}, the layout of their parameters"
+            if moments
+            else "constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
+            alternatives=(FOLLOW,) if moments else (),
         )
 
 
@@ -49,21 +57,10 @@ def _declarations(rows: Sequence[LedgerRow]) -> str:
     return f", declared by {' and '.join(declared)}" if declared else ""
 
 
-def _suggest_layout_of_param(rows: Sequence[LedgerRow], program: Program) -> str:
-    """The rule that lays moments out like their parameters, where theirs is why the update moves.
-
-    "" for rows of other phases, and where no optimizer state has a layout of its own.
-    """
-    if any(row.phase != "update" for row in rows):
-        return ""
-    axes = {axis for row in rows for axis in row.axes}
-    specs = {
-        leaf.leaf.path: format_spec(program.moments[leaf].dims())
-        for leaf in program.own_layouts(axes)
-    }
-    listed = ", ".join(f'"{path}": {spec}' for path, spec in specs.items())
-    rule = f"sk.first_match(sk.PathRules({{{listed}}}), strategy.opt_state)"
-    return f"opt_state={rule}, the layout of their parameters" if listed else ""
+def _followed(moments: Mapping[PlacedLeaf, PlacedLeaf]) -> str:
+    """The rule that lays moments out like their parameters."""
+    specs = (f'"{leaf.leaf.path}": {format_spec(own.dims())}' for leaf, own in moments.items())
+    return f"sk.first_match(sk.PathRules({{{', '.join(specs)}}}), strategy.opt_state)"
 
 
 def _resharded_constraints(row: LedgerRow, program: Program) -> str:

@@ -58,7 +58,7 @@ def row_axes(program: Program) -> set[str]:
 def activation_gathers(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
     """Activations, or the batch, gathered or moved over an axis that splits their rows."""
     names = {"all-gather": "gathered", "all-to-all": "moved", "collective-permute": "moved"}
-    for axes, parts in activation_parts(program, claimed, is_moved).items():
+    for axes, parts in activation_parts(program, claimed, is_moved):
         kinds = sorted({names[row.kind] for _, row, _ in parts})
         what = f"of activations, {' and '.join(kinds)} over {', '.join(axes)}, which splits rows"
         yield from _with_remedy(
@@ -68,7 +68,7 @@ def activation_gathers(program: Program, claimed: Collection[int]) -> Iterator[F
 
 def stored_contractions(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
     """Products that contract a dim that weights are only stored by: results are reduced."""
-    for axes, parts in activation_parts(program, claimed, is_contracted).items():
+    for axes, parts in activation_parts(program, claimed, is_contracted):
         what = f"of results of products that contract a dim split over {', '.join(axes)}: weights "
         what += "that are stored so are multiplied in place, where gathering them would do"
         yield from _with_remedy(
@@ -126,20 +126,28 @@ def activation_parts(
     over: Collection[str] | None = None,
     forms: "ParameterForms | None" = None,
     phases: Collection[str] = COMPUTING,
-) -> dict[tuple[str, ...], list[Part]]:
-    """Parts of rows that send activations over row axes, or over others, by their axes."""
+) -> Iterator[tuple[tuple[str, ...], list[Part]]]:
+    """Parts of rows that send activations over row axes, or over others, by their axes.
+
+    Those that a declaration causes which all others disagree with are apart.
+    """
     over = set(row_axes(program) if over is None else over)
     forms = forms or ParameterForms(program)
-    groups: dict[tuple[str, ...], list[Part]] = {}
+    groups: dict[tuple[tuple[str, ...], str], list[Part]] = {}
     for number, row in enumerate(program.ledger):
         if number in claimed or not over & set(row.axes) or not row.ends:
             continue
-        if row.by_optimizer or row.windowed or last_name(row.op_name) in EXPLICIT:
+        if row.by_optimizer or last_name(row.op_name) in EXPLICIT:
             continue
         for index, phase in enumerate(row.phases):
-            if phase in phases and wanted(row, index, program) and not forms.has(row, index):
-                groups.setdefault(row.axes, []).append((number, row, index))
-    return groups
+            declared = row.ends[index].declared_by if is_odd(row, index, program) else ""
+            # What is caused by such a declaration is neither a product's, nor a parameter, nor of
+            # the step's own, as what moves an argument can seem.
+            certain = declared and phase in (*phases, "other")
+            likely = phase in phases and not row.windowed and not forms.has(row, index)
+            if (certain or likely) and wanted(row, index, program):
+                groups.setdefault((row.axes, declared), []).append((number, row, index))
+    yield from ((axes, parts) for (axes, _), parts in groups.items())
 
 
 def is_moved(row: LedgerRow, index: int, program: Program) -> bool:
@@ -259,7 +267,7 @@ def _first_line(
     order is that of the traced step.
     """
     groups = activation_parts(program, (), lambda *part: is_moved(*part) or is_contracted(*part))
-    sent = (part for over, parts in groups.items() if {*over} & {*axes} for part in parts)
+    sent = (part for over, parts in groups if {*over} & {*axes} for part in parts)
     rows = [row for _, row, _ in sent if row.phase == "forward"]
     known = {(line.file, line.line): line for row in rows for line in row.sources if line}
     known = known or {(line.file, line.line): line for line in lines}
