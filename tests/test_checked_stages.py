@@ -145,7 +145,11 @@ CELLS = [
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    some_quick(CELLS, ("sum", "two rows"), ("metrics", "two rows"), ("Mean of means", "one row")),
+    some_quick(
+        CELLS,
+        *(("sum", "two rows"), ("metrics", "two rows"), ("Mean of means", "one row")),
+        slow=CELLS[::2],
+    ),
 )
 def test_what_stages_return_is_that_of_all_rows(name, layout):
     step = compiled(RIGHT[name], layout)

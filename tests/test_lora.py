@@ -16,6 +16,8 @@ from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.report import count_flops
 from shardkit.step import resolve_layout
 
+from ._quick import some_quick
+
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, HEADS, HIDDEN, LAYERS, RANK, ALPHA = 16, 32, 4, 64, 2, 3, 6.0
 X = RNG.normal(size=(ROWS, WIDTH)).astype("f")
@@ -169,13 +171,14 @@ OPTIONS = {
 
 
 def table_of_steps(*fast):
-    """Every mesh with every option, all slow but for some."""
-    return [
-        pytest.param(mesh, options, marks=() if (mesh, options) in fast else pytest.mark.slow)
+    """Every mesh with every option; some are quick, and of the others every second one is slow."""
+    cells = [
+        (mesh, options)
         for mesh in MESHES
         for options in OPTIONS
         if mesh != "tensor" or not options.startswith("shard_map")
     ]
+    return some_quick(cells, *fast, slow=cells[::2])
 
 
 @pytest.mark.parametrize(("mesh", "options"), table_of_steps(("tensor", "plain")))

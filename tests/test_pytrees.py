@@ -24,7 +24,7 @@ from shardkit.parity._layout import find_misplaced_leaves, resolve_declared_spec
 from shardkit.report import compare
 from shardkit.run.guards import write_dump
 
-from ._quick import some_quick
+from ._quick import EXHAUSTIVE, SLOW, some_quick
 
 RNG, NUMBERS = np.random.default_rng(0), itertools.count()
 X = RNG.standard_normal((8, 4)).astype(np.float32)
@@ -128,13 +128,19 @@ QUICK = {
 }
 
 
+def marks_of(number):
+    if PLACES[number] in QUICK:
+        return ()
+    return SLOW if number % 2 else EXHAUSTIVE
+
+
 @functools.cache
 def step_of(name, where="params", devices=2):
     return compiled(TREES[name], mesh_of(devices), where=where)
 
 
 @pytest.fixture(
-    params=[pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in PLACES],
+    params=[pytest.param(one, marks=marks_of(number)) for number, one in enumerate(PLACES)],
     ids=[f"{name} as {where}" for name, where in PLACES],
     scope="module",
 )

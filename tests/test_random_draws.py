@@ -195,7 +195,7 @@ def test_a_draw_is_that_of_one_device_or_refused(name, mode):
     check_draw(name, mode, 4)
 
 
-@pytest.mark.parametrize(("name", "mode", "devices"), table(DRAWS, MODES, (1, 2, 8), every=7))
+@pytest.mark.parametrize(("name", "mode", "devices"), table(DRAWS, MODES, (1, 2, 8), every=13))
 def test_every_draw_is_that_of_one_device_or_refused(name, mode, devices):
     check_draw(name, mode, devices)
 
@@ -368,7 +368,7 @@ def staged_init(key):
     }
 
 
-@pytest.mark.parametrize("name", table(DRAWS, every=4))
+@pytest.mark.parametrize("name", table(DRAWS, every=7))
 def test_every_draw_in_a_pipeline_is_that_of_one_device_or_refused(name):
     strategy = sk.strategies.data() | sk.strategies.pipeline(micro_batches=2)
     loss = functools.partial(staged_loss, DRAWS[name])

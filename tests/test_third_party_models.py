@@ -57,7 +57,7 @@ def model(name):
     return getattr(importlib.import_module(module, __package__), function)()
 
 
-@pytest.mark.parametrize(("name", "cell"), table(MODELS, CELLS, every=11))
+@pytest.mark.parametrize(("name", "cell"), table(MODELS, CELLS, every=19))
 def test_every_cell_is_right_or_refused(name, cell):
     check(model(name), cell)
 

@@ -201,7 +201,7 @@ def all_cases():
     for row, (name, (mark, *_)) in enumerate(MARKS.items()):
         for column, (form, remat) in enumerate(FORMS_OF_ONE):
             slow = [] if (name, form, remat) in QUICK else [pytest.mark.slow]
-            if slow and (row + column) % 3:
+            if slow and (row + column) % 5:
                 slow.append(pytest.mark.exhaustive)
             whole = mark == "staged" and form != "jit"  # is no layer, and cannot be scanned over
             twice = mark.startswith("remat") and form == "remat"
