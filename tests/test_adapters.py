@@ -1,5 +1,7 @@
 """Models as each library writes them, through an adapter, against the library's own training."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+
+from ._quick import some_quick
 
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -106,6 +110,7 @@ def test_a_linen_model_trains_as_flax_trains_it(mesh):
     np.testing.assert_allclose(evaluated["loss"], cross_entropy(own, BATCH)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_of_a_linen_model_is_on_in_training_alone(mesh):
     step = compiled(linen_model(), mesh, LINEN)
     state = step.init(jax.random.key(0))
@@ -483,8 +488,12 @@ class NnxSpectral(nnx.Module):
         return self.down(jnp.tanh(self.up(x, update_stats=True)))
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("framework", "axis"),
+    some_quick(
+        itertools.product(["linen", "nnx"], ["data", "fsdp"]), ("linen", "data"), ("nnx", "fsdp")
+    ),
+)
 def test_state_that_no_row_decides_is_that_of_one_device_on_shards(framework, axis):
     batch = {"x": np.random.default_rng(0).normal(size=(16, 8)).astype("f")}
 

@@ -81,7 +81,7 @@ def test_a_fingerprint_is_that_of_the_reference_on_every_mesh():
         } == want, mesh
 
 
-@pytest.mark.parametrize("words", [2**16, 7])
+@pytest.mark.parametrize("words", [pytest.param(2**16, marks=pytest.mark.slow), 7])
 def test_the_host_computes_the_fingerprints_of_the_devices(words, monkeypatch):
     """In blocks that hold all of a shard, and in blocks that cut rows."""
     monkeypatch.setattr(_host_fingerprint, "_BLOCK", words)

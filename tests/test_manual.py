@@ -73,6 +73,7 @@ def test_the_head_and_the_stream_are_never_gathered_whole():
     assert f"f32[2,{_parity.LENGTH},{_parity.VOCAB}]" not in hlo
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_one_device():
     step, batch = _parity.compile_case("shard_map fsdp"), _parity.INPUTS.batch(0)
     state = step.init(jax.random.key(0))

@@ -237,7 +237,7 @@ def test_init_may_constrain_and_name_dims():
 OWN_MESH = "shard_map of a mesh"
 
 
-@pytest.mark.parametrize("form", some_quick([form for form in FORMS if form != OWN_MESH], "named"))
+@pytest.mark.parametrize("form", some_quick([form for form in FORMS if form != OWN_MESH], "spec"))
 def test_verify_self_check_and_plan_take_the_model(form):
     spec = sk.StepSpec(
         loss_fn=make_loss(FORMS[form]),

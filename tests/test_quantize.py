@@ -87,7 +87,7 @@ def test_codes_stand_for_the_nearest_levels(kind, dtype):
 
 @pytest.mark.parametrize(
     ("mesh", "options"),
-    table_of_steps(("fsdp", "plain")),
+    table_of_steps(("fsdp", "shard_map")),
 )
 def test_a_step_of_adapters_equals_one_written_by_hand(mesh, options):
     spec = make_spec(MESHES[mesh], SMALL, **OPTIONS[options])

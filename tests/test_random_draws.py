@@ -216,7 +216,7 @@ OF_ROWS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["accumulate", "shard_map"])
+@pytest.mark.parametrize("mode", some_quick(["accumulate", "shard_map"], "shard_map"))
 @pytest.mark.parametrize("name", some_quick(OF_ROWS, "gamma"))
 def test_a_draw_from_what_rows_decide_is_that_of_one_device(name, mode):
     def loss(params, batch, key):
@@ -250,6 +250,7 @@ def test_a_gamma_draw_as_large_as_a_split_is_refused_not_guessed():
     split_step(draw, 8, {"accumulate": 2})
 
 
+@pytest.mark.slow
 def test_the_splits_inside_of_a_gamma_draw_are_of_one_row():
     """Two rows a part: each element's key is split into two again, and those are no rows."""
     got, key = noise_of_step(split_step(DRAWS["gamma"], 8, {"accumulate": 4}))

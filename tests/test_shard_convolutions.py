@@ -307,7 +307,7 @@ def test_grouped_convolutions_where_only_some_axes_are_mapped_are_refused(mapped
     assert "and leaves 'tensor' to XLA" in str(caught.value)
 
 
-@pytest.mark.parametrize("groups", [4, 16])
+@pytest.mark.parametrize("groups", [pytest.param(4, marks=pytest.mark.slow), 16])
 def test_evaluation_and_self_check_of_grouped_convolutions_are_right(groups):
     """Four groups of channels that another axis splits: the forward pass was wrong as well."""
     grouped = convolution((1, 1), "SAME", NHWC, feature_group_count=groups)

@@ -13,6 +13,8 @@ import shardkit as sk
 from shardkit.step.shard_map import _evaluate
 from shardkit.step.shard_map._axis_types import follow_types
 
+from ._quick import some_quick
+
 RNG = np.random.default_rng(0)
 BATCH = {"x": jnp.asarray(RNG.normal(size=(16, 6, 4)), jnp.float32)}
 # Its state is the gradients, so that one compiled step shows them.
@@ -214,7 +216,11 @@ def assert_like_one_device(loss, strategy, sizes, **options):
         )
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss",
+    some_quick(LOSSES, recurrent, loops, own_rule, weighted_stack),
+    ids=lambda loss: loss.__name__,
+)
 def test_loops_that_start_from_constants(loss):
     assert_like_one_device(loss, sk.strategies.data(), {"data": 8})
 
