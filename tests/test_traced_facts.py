@@ -189,9 +189,9 @@ MARKS = {
 FORMS_OF_ONE = [(form, remat) for form in ("jit", "scan") for remat in ("none", "full")]
 FORMS_OF_ONE += [("remat", "save:mix"), ("remat", "full")]
 # The others take as long as they are many, and find no more.
-JITTED = "attention staged weight reductions remat constrain".split()
-JITTED += ["in_turn on shards", "constrain on shards", "reductions on shards"]
-QUICK = {(name, "jit", "none") for name in JITTED}
+CALLED = "attention staged weight reductions remat constrain".split()
+CALLED += ["in_turn on shards", "constrain on shards", "reductions on shards"]
+QUICK = {(name, "jit", "none") for name in CALLED}
 QUICK |= {
     ("experts", "scan", "none"),
     ("weight", "scan", "full"),
