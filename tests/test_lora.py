@@ -415,21 +415,3 @@ def test_the_reference_decoder_is_adapted_under_every_strategy(strategy, sizes, 
     )
     mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod([*sizes.values()])])
     sk.verify(spec, [mesh], batches=[token_batch(0)], steps=1).check()
-
-
-@pytest.mark.slow
-def test_shards_that_would_drop_other_elements_are_refused():
-    config = DecoderConfig(vocab=40, embed_dim=16, num_layers=1, num_heads=4, mlp_dim=32)
-    model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
-    lora = sk.lora(model.init, model.loss_fn, {"layers/down": 2}, dropout=0.1)
-    spec = sk.StepSpec(
-        loss_fn=lora.loss_fn,
-        init=lora.init,
-        batch=token_batch(0),
-        optimizer=SGD,
-        strategy=sk.strategies.tensor(),
-        mode="shard_map",
-    )
-    mesh = sk.MeshSpec(tensor=2).build(devices=jax.devices()[:2])
-    with pytest.raises(sk.errors.StepError, match=r"layers/down f32\[1,32,16\] +is split over"):
-        spec.compile(mesh)
