@@ -55,7 +55,7 @@ def test_leaves_without_values_are_no_export(leaf, why, params, tmp_path):
         sk.hf.save(tmp_path / "out", {**params, "norm": leaf}, like=LLAMA)
     with pytest.raises(CheckpointError, match=r"max_file_bytes +expected int, got '5GB'"):
         sk.hf.save(tmp_path / "out", params, like=LLAMA, max_file_bytes="5GB")
-    with pytest.raises(CheckpointError, match=r"lora/a .*\nFix: like= the folder they were"):
+    with pytest.raises(CheckpointError, match=r"lora/a .*\nFix: like= the folder of their model"):
         sk.hf.save(tmp_path / "out", {**params, "lora": {"a": params["norm"]}}, like=LLAMA)
     assert not list(tmp_path.iterdir())
 

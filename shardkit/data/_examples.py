@@ -96,10 +96,9 @@ class Examples:
             rows = (self.train_rows, self.validation_rows)
             used = {example.where for each in rows for example in each.examples}
             lost = sum(example.where not in used for example in self.left_out)
-            what = "cut" if lost < len(self.left_out) else "dropped"
-            what += (
-                f", {lost} dropped whose answer begins behind it" if what == "cut" and lost else ""
-            )
+            what = "dropped"
+            if lost < len(self.left_out):
+                what = f"cut, {lost} dropped whose answer begins behind it" if lost else "cut"
             long = count(len(self.left_out), "example")
             text += f"; {long} longer than a row {what} (first: {self.left_out[0].where})"
         fill = f"; rows {self.train_rows.fill:.0%} full"

@@ -87,35 +87,30 @@ def save(
         `like`, or a finite value would become infinite in its dtype.
       ConfigError: the family in `config.json` is unknown, or the file describes no decoder.
     """
-    counts: dict[str, Any] = {"vocab_padding": (vocab_padding, int)}
-    counts["max_file_bytes"] = (max_file_bytes, int)
-    check_arguments(CheckpointError, _HEADLINE, **counts)
+    check_arguments(
+        CheckpointError,
+        _HEADLINE,
+        vocab_padding=(vocab_padding, int),
+        max_file_bytes=(max_file_bytes, int),
+    )
     raise_all(CheckpointError, _HEADLINE, padding_problems(vocab_padding))
     target, model = (local_path(p, CheckpointError, _HEADLINE) for p in (path, like))
     with collective_errors():
         leaves = leaves_by_path(params)
-        problems = [
-            Problem(path, f"is {type(x).__name__}, not an array with values", "state.params")
-            for path, x in leaves.items()
-            if not isinstance(x, jax.Array | np.ndarray)
-        ]
-        raise_all(CheckpointError, _HEADLINE, problems)
-        problems = [Problem(str(target), "exists already")] if target.exists() else []
-        raise_all(CheckpointError, _HEADLINE, problems, "another folder")
+        raise_all(CheckpointError, _HEADLINE, [*_early_problems(target, leaves)])
         has_weights = any((model / name).is_file() for name in (INDEX, SINGLE))
         weights = read_folder(model) if has_weights else {}
         index = read_index(model) if weights else {}
+        unlike: list[Problem] = []
         if table is None:
             family = find_family(model)
             table = family.named_like(weights)
             weights = family.parameters(weights, leaves)
-            problems = [] if weights else _config_problems(model, leaves, vocab_padding)
+            unlike = [] if weights else _config_problems(model, leaves, vocab_padding)
         sources, more = find_sources(table, leaves, vocab_padding)
         types, different = _tensor_types(sources, weights)
-        problems += more + different
-        fix = (
-            "like= the folder they were loaded from; with adapters, merge(state.params) of sk.lora"
-        )
+        problems = [*unlike, *more, *different]
+        fix = "like= the folder of their model; with adapters, merge(state.params) of sk.lora"
         raise_all(CheckpointError, f"The parameters are not those of {model}.", problems, fix)
     files = _divide(types, index, weights, max_file_bytes)
     with _new_folder(target) as folder:
@@ -138,6 +133,15 @@ def save(
                     _write_index(folder, placed)
                 _carry_files(model, folder)
                 _sync_files(folder.iterdir())
+
+
+def _early_problems(target: Path, leaves: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong before anything is read."""
+    if target.exists():
+        yield Problem(str(target), "exists already", "another folder")
+    for path, x in leaves.items():
+        if not isinstance(x, jax.Array | np.ndarray):
+            yield Problem(path, f"is {type(x).__name__}, not an array with values", "state.params")
 
 
 @contextlib.contextmanager
