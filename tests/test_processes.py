@@ -479,6 +479,31 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
             run.kill()
 
 
+HEARS_LATE = """
+import sys, time
+from shardkit._core.interrupts import InterruptGuard
+from shardkit.processes import launch
+
+class Late(InterruptGuard):
+    def _exit_unless_raised(self, number):
+        time.sleep(0.5)
+        super()._exit_unless_raised(number)
+
+child = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"
+with Late():
+    code = launch([sys.executable, "-c", child], 1)
+    time.sleep(1.5)
+    print(f"the child ended with {code}")
+"""
+
+
+def test_ctrl_c_that_the_launcher_has_handled_is_no_news_to_a_thread_that_hears_it_late():
+    run = subprocess.run(
+        [sys.executable, "-c", HEARS_LATE], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout == "the child ended with 130\n", run.stderr
+
+
 STARTS = """
 import ctypes, os, sys
 mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)

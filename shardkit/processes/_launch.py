@@ -180,6 +180,9 @@ class _Supervisor:
     def wait(self) -> int:
         """Runs until all processes have ended; returns the exit code."""
         signals = (signal.SIGINT, signal.SIGTERM)
+        # On a busy machine the thread of an `InterruptGuard` hears of a signal late: when the
+        # guard's handler is back, and would take it for one that nothing has handled.
+        heard = signal.set_wakeup_fd(-1)
         handlers = {number: signal.signal(number, self._forward_signal) for number in signals}
         try:
             while any(child.process.poll() is None for child in self._children):
@@ -194,6 +197,7 @@ class _Supervisor:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(heard)
             for child in self._children:
                 self._signal(child, signal.SIGKILL)
                 child.close()
