@@ -1,9 +1,10 @@
 """Facts that only the author of a program knows, written into its scope names for reports to read.
 
-The compiler keeps the path of `jax.named_scope`s and jitted functions of every operation. Four facts
-travel in it: that a hand-written backward pass recomputes something, so that FLOP counts can tell
-it from the model's own work, how often each branch of a conditional runs, which no compiled program
-says, that an update moves whole matrices, and that a step computes something in place of the model.
+The compiler keeps the path of `jax.named_scope`s and jitted functions of every operation. Four
+facts travel in it: that a hand-written backward pass recomputes something, so that FLOP counts can
+tell it from the model's own work, how often each branch of a conditional runs, which no compiled
+program says, that an update moves whole matrices, and that a step computes something in place of
+the model.
 """
 
 import contextlib
