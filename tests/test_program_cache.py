@@ -26,7 +26,7 @@ from shardkit.config import CompileConfig
 from shardkit.run import _facts as facts_module
 from shardkit.step import can_keep_programs
 from shardkit.step._program_cache import ProgramCache
-from shardkit.step._saved_programs import name_program
+from shardkit.step._saved_programs import KeptProgram, name_program
 
 from ._damages import full_disk
 
@@ -133,7 +133,7 @@ class Tiny:
         self.path = folder / f"{self.name}.saved"
 
     def store(self):
-        self.cache.store(self.name, self.compiled, "printed")
+        self.cache.store(self.name, KeptProgram(self.compiled, "printed"))
         return self
 
     def load(self):
@@ -141,7 +141,9 @@ class Tiny:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             found = dataclasses.replace(self.cache).load(self.name, self.lowered)
-        return found and found[0](np.full(8, 0.5, "f")), [str(warning.message) for warning in told]
+        return found and found.compiled(np.full(8, 0.5, "f")), [
+            str(warning.message) for warning in told
+        ]
 
     def fill(self, program):
         """Writes a file with another executable under this name, all checksums right."""
@@ -149,6 +151,7 @@ class Tiny:
             file.writestr("header.json", "{}")
             file.writestr(f"{self.name}.program", program)
             file.writestr(f"{self.name}.log", "")
+            file.writestr(f"{self.name}.lines", "")
 
 
 def program_of(tiny):

@@ -1,5 +1,7 @@
 """A step that starts from saved executables, and files that must not be used."""
 
+import contextlib
+import linecache
 import zipfile
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
@@ -191,3 +194,70 @@ def test_a_file_that_is_missing_or_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(sk.ShardkitError, match="The step cannot be saved"):
         step.save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+MODEL = """import jax.numpy as jnp
+
+
+def loss(p, b, key):
+    return jnp.mean(jnp.tanh(b["x"] @ p["w"]) ** 2)
+"""
+
+
+def load_model(path, text):
+    """The loss of a file, which is written first; as after a restart, nothing of it is traced."""
+    path.write_text(text)
+    linecache.checkcache(str(path))
+    namespace = {}
+    exec(compile(text, str(path), "exec"), namespace)
+    return namespace["loss"]
+
+
+@pytest.mark.parametrize("cache", ["saved step", "JAX's"])
+def test_a_line_is_where_it_is_now_whatever_a_cache_holds(tmp_path, compiles, cache):
+    saved, model, mesh = tmp_path / "step.saved", tmp_path / "model.py", make_mesh()
+
+    def compile_edited(text):
+        spec = make_spec(loss_fn=load_model(model, text))
+        return sk.load_step(saved, spec, mesh=mesh) if saved.exists() else spec.compile(mesh)
+
+    with jax_cache(tmp_path / "cache" if cache == "JAX's" else None):
+        first = compile_edited(MODEL)
+        if cache == "saved step":
+            first.save(saved)
+        compile_edited(MODEL)  # builds what the second call builds besides
+        del compiles[:]
+        step = compile_edited("# One line more.\n" + MODEL)
+        assert step.program.from_cache
+        assert not compiles or cache == "JAX's"
+        assert (lines_of(first), lines_of(step)) == ({5}, {6})
+        # Another script that compiles the same step finds lines that still hold.
+        del compiles[:]
+        assert lines_of(compile_edited(MODEL)) == {5}
+        assert not compiles or cache == "JAX's"
+
+
+def lines_of(step):
+    """Where the buffers of the peak come from, which the compiled program alone knows."""
+    sources = [buffer.source for buffer in step.report().peak.largest if buffer.source]
+    return {source.line for source in sources if source.file.endswith("model.py")}
+
+
+@contextlib.contextmanager
+def jax_cache(folder):
+    """JAX's persistent cache in a folder; nothing for None."""
+    settings = {
+        "jax_compilation_cache_dir": folder and str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items() if folder else ():
+        jax.config.update(name, value)
+    reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()

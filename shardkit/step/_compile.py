@@ -23,14 +23,19 @@ from .._core.source import find_user_line
 from .._core.tracing import SETTINGS, equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
-from ..report.hlo._source_lines import source_tables
 from ._deadlocks import check_deadlocks
 from ._fourier import check_transforms
 from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._nonfinite import run_checked
 from ._ordered import check_ordered
 from ._program_cache import ProgramCache
-from ._saved_programs import SavedPrograms, name_program, save_programs
+from ._saved_programs import (
+    KeptProgram,
+    SavedPrograms,
+    digest_lines,
+    name_program,
+    save_programs,
+)
 from ._stderr import copied_stderr
 
 # Guards a setting of the whole process; one thread at a time changes and restores it.
@@ -41,7 +46,6 @@ _CACHE_SETTING = threading.Lock()
 class CompiledProgram:
     """A compiled function, with the facts of its compilation."""
 
-    compiled: jax.stages.Compiled  # the executable
     jaxpr: core.ClosedJaxpr  # the traced function
     # whether the executable comes from JAX's persistent cache, or from a saved step
     from_cache: bool
@@ -51,8 +55,15 @@ class CompiledProgram:
     digest: str
     # name under which a saved step or a folder keeps the executable; "" without either
     kept_as: str
-    _read_messages: Callable[[], str]
+    _made: KeptProgram  # compiled here, or from a cache
     _compute_name: Callable[[], str]
+    _compute_lines: Callable[[], str]
+    _compile_again: Callable[[], KeptProgram]
+
+    @property
+    def compiled(self) -> jax.stages.Compiled:
+        """The executable."""
+        return self._made.compiled
 
     @functools.cached_property
     def name(self) -> str:
@@ -60,24 +71,35 @@ class CompiledProgram:
         return self.kept_as or self._compute_name()
 
     @functools.cached_property
-    def messages(self) -> str:
-        """What the compiler prints to file descriptor 2.
+    def _to_read(self) -> KeptProgram:
+        """The same program with what a report reads.
 
-        An executable from the persistent cache comes without messages; reading them compiles the
-        program once more without the cache.
+        Caches have the source lines of when the program was compiled, and JAX's does not have what
+        the compiler printed: the program is compiled once more then, without them.
         """
-        return self._read_messages()
+        stale = self.from_cache and self._made.lines != self._compute_lines()
+        return self._compile_again() if stale else self._made
 
-    def run(self, *args: PyTree) -> Any:
-        """Computes its results; FloatingPointError as `jax_debug_nans` and its like ask for."""
-        return run_checked(self.compiled, *args)
+    @property
+    def messages(self) -> str:
+        """What the compiler prints to file descriptor 2."""
+        return self._to_read.messages
 
     @property
     def hlo(self) -> str:
         """Text of the optimized program that each device runs."""
-        text = self.compiled.as_text()
+        text = self._to_read.compiled.as_text()
         assert text is not None, "every backend of JAX can print its executables"
         return text
+
+    def keep(self) -> KeptProgram:
+        """What a file keeps of it."""
+        lines = self._made.lines if self.from_cache else self._compute_lines()
+        return dataclasses.replace(self._made, messages=self.messages, lines=lines)
+
+    def run(self, *args: PyTree) -> Any:
+        """Computes its results; FloatingPointError as `jax_debug_nans` and its like ask for."""
+        return run_checked(self.compiled, *args)
 
 
 def compile_program(
@@ -97,9 +119,8 @@ def compile_program(
     Arguments are abstract; those at `donate` lend their buffers to the results. `surroundings`
     enters the mesh and the rules that the function is traced and lowered under; `check` gets the
     jaxpr before it is lowered, and raises the problems that it finds. The executable may be found
-    in `saved` instead of compiled. Raises StepError if the compiler rejects an option or runs out
-    of memory, or the program would deadlock or (unless `on_miscompiled="report"`) compute wrong
-    numbers.
+    in `saved`. Raises StepError if the compiler rejects an option or runs out of memory, or the
+    program would deadlock or (unless `on_miscompiled="report"`) compute wrong numbers.
     """
 
     def trace(function: Callable[..., Any]) -> jax.stages.Traced:
@@ -107,6 +128,7 @@ def compile_program(
         return jax.jit(function, **shardings, donate_argnums=donate, keep_unused=True).trace(*args)
 
     mesh, options = jax.tree.leaves(in_shardings)[0].mesh, dict(options) if options else None
+    callers = {f'"{frame.filename}":{frame.lineno}' for frame in traceback.extract_stack()}
     start = time.perf_counter()
     with surroundings():
         traced = trace(run)
@@ -119,51 +141,53 @@ def compile_program(
         name = compute_name() if saved else ""
         found = saved.load(name, lowered) if saved else None
         with (
-            compiling(),
-            copied_stderr() as messages,
             _record_cache_hits() as hits,
             _explain_unknown_options(options or {}),
             _explain_failures(mesh),
             _explain_out_of_memory(args, in_shardings),
         ):
-            compiled = found[0] if found else lowered.compile(compiler_options=options)
+            made = found or _compile(lowered, options)
     end = time.perf_counter()
-    check_deadlocks(compiled, mesh)
-    check_transforms(compiled, mesh)
+    _check_collectives(made.compiled, mesh)
     if on_miscompiled == "error":
-        check_miscompiled(compiled, args, traced.out_info, mesh)
-    if saved and not found and not hits:
-        saved.store(name, compiled, messages.text)
+        check_miscompiled(made.compiled, args, traced.out_info, mesh)
 
-    def recompile() -> str:
-        with surroundings():
-            return _print_again(trace(_replay(traced)).lower(), options)
+    def compile_again() -> KeptProgram:
+        with surroundings(), _disable_cache():
+            return _compile(trace(_replay(traced)).lower(), options)
 
-    return CompiledProgram(
-        compiled=compiled,
+    program = CompiledProgram(
         jaxpr=traced.jaxpr,
         from_cache=bool(hits) or found is not None,
         seconds=(at_trace - start, at_lower - at_trace, end - at_lower),
         digest=_digest(lowered),
         kept_as="" if hits else name,
-        _read_messages=recompile if hits else lambda: found[1] if found else messages.text,
+        _made=made,
         _compute_name=compute_name,
+        _compute_lines=lambda: digest_lines(lowered, callers),
+        _compile_again=compile_again,
     )
+    if saved and not program.from_cache:
+        saved.store(name, program.keep())
+    return program
 
 
-def _print_again(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) -> str:
-    """What XLA prints while it compiles, and the tables in which that numbers its lines."""
-    with compiling(), _disable_cache(), copied_stderr() as printed:
-        compiled = lowered.compile(compiler_options=dict(options) if options else None)
-    return f"{printed.text}\n{source_tables(compiled.as_text() or '')}"
+def _check_collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> None:
+    check_deadlocks(compiled, mesh)
+    check_transforms(compiled, mesh)
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> KeptProgram:
+    with compiling(), copied_stderr() as printed:
+        compiled = lowered.compile(compiler_options=options)
+    return KeptProgram(compiled, printed.text)
 
 
 def save_compiled(
     path: str | os.PathLike[str], programs: Sequence[CompiledProgram], mesh: Mesh
 ) -> None:
     """Saves executables; see `save_programs`."""
-    named = {program.name: (program.compiled, program.messages) for program in programs}
-    save_programs(path, named, mesh)
+    save_programs(path, {program.name: program.keep() for program in programs}, mesh)
 
 
 def _replay(traced: jax.stages.Traced) -> Callable[..., Any]:

@@ -19,7 +19,14 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
 from .._core.io._files import is_temporary, local_path
-from ._saved_programs import SavedPrograms, find_obstacle, name_program, read_program, save_programs
+from ._saved_programs import (
+    KeptProgram,
+    SavedPrograms,
+    find_obstacle,
+    name_program,
+    read_program,
+    save_programs,
+)
 
 # A step has about four programs, a sweep over settings some more. The least recently used go first.
 _MOST = 64
@@ -50,10 +57,8 @@ class ProgramCache:
         cache._warn("What is compiled is not kept.", problem)
         return None
 
-    def load(
-        self, name: str, lowered: jax.stages.Lowered
-    ) -> tuple[jax.stages.Compiled, str] | None:
-        """Returns an executable and what its compiler printed; None if there is none to use.
+    def load(self, name: str, lowered: jax.stages.Lowered) -> KeptProgram | None:
+        """Returns an executable; None if there is none to use.
 
         Whatever the file holds and whatever reading it raises, the program compiles then.
         """
@@ -73,12 +78,12 @@ class ProgramCache:
             pass
         return found
 
-    def store(self, name: str, compiled: jax.stages.Compiled, messages: str) -> None:
+    def store(self, name: str, program: KeptProgram) -> None:
         """Keeps an executable; where that is not possible, warns and goes on."""
         headline = "What was compiled is not kept; the next run compiles again."
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_programs(self._path(name), {name: (compiled, messages)}, self.mesh)
+            save_programs(self._path(name), {name: program}, self.mesh)
             self._prune()
         except OSError as error:
             why = "is not a folder" if isinstance(error, FileExistsError) else _describe(error)
@@ -131,7 +136,7 @@ def load_or_compile(
     """Takes a program without options from where it may be saved, or compiles it."""
     name = name_program(lowered, {}, mesh)
     if found := saved.load(name, lowered):
-        return found[0]
+        return found.compiled
     compiled = lowered.compile()
-    saved.store(name, compiled, "")
+    saved.store(name, KeptProgram(compiled, ""))
     return compiled

@@ -4,6 +4,7 @@
       header.json                  schema, mesh, devices, environment
       6f0c….program                an executable, by `jax.experimental.serialize_executable`
       6f0c….log                    what the compiler printed
+      6f0c….lines                  SHA-256 of the source lines that its instructions name
 
 The name of an executable is the SHA-256 of the lowered program, the compiler's options and the
 environment. A step that is loaded is traced and lowered as always, and takes the executable of its
@@ -18,9 +19,10 @@ import json
 import os
 import pathlib
 import platform
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ from .._core.errors import Problem, SavedStepWarning, StepError, first_line, for
 from .._core.io._files import check_regular, local_path, os_errors_as, write_atomic
 from .._core.types import PyTree
 
-_SCHEMA, _VERSION, _HEADER = "shardkit.step", 1, "header.json"
+_SCHEMA, _VERSION, _HEADER = "shardkit.step", 2, "header.json"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_ALLOCATOR")
 
 
@@ -84,8 +86,29 @@ def find_obstacle(mesh: Mesh) -> Problem | None:
 def name_program(lowered: jax.stages.Lowered, options: Mapping[str, Any], mesh: Mesh) -> str:
     """Returns the name of a lowered program's executable, 64 hexadecimal digits."""
     compiled_from = [lowered.as_text(), sorted((k, repr(v)) for k, v in options.items())]
-    compiled_from.append(sorted(describe_environment(mesh).items()))
+    compiled_from += [sorted(describe_environment(mesh).items()), _VERSION]
     return hashlib.sha256(json.dumps(compiled_from).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptProgram:
+    """An executable that can be kept, with what a report of it needs."""
+
+    compiled: jax.stages.Compiled
+    messages: str  # what its compiler printed
+    # which source lines its instructions name, as `digest_lines` has them; "" if unknown
+    lines: str = ""
+
+
+def digest_lines(lowered: jax.stages.Lowered, callers: Collection[str]) -> str:
+    """Returns the SHA-256 of the source lines of a lowered program, 64 hexadecimal digits.
+
+    A comment more in a model moves its lines, and the program stays the same: with its executable,
+    old lines would come from a file. `callers` are the lines that led to the compilation, as
+    `"model.py":3`; another script that compiles the same step has others.
+    """
+    lines = set(re.findall(r'loc\(("[^"\n]*":\d+)', lowered.as_text(debug_info=True)))
+    return hashlib.sha256("\n".join(sorted(lines.difference(callers))).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +120,8 @@ class SavedPrograms:
     environment: Mapping[str, str]  # what they were compiled in; see `describe_environment`
     names: frozenset[str]  # of the executables
 
-    def load(
-        self, name: str, lowered: jax.stages.Lowered
-    ) -> tuple[jax.stages.Compiled, str] | None:
-        """Returns an executable and what its compiler printed; None if the file lacks it.
+    def load(self, name: str, lowered: jax.stages.Lowered) -> KeptProgram | None:
+        """Returns an executable; None if the file lacks it.
 
         A damaged one is reported (`SavedStepWarning`), and None is returned.
         """
@@ -113,25 +134,25 @@ class SavedPrograms:
             warn_stale(self.path, [Problem(f"program {name[:12]}", why)])
             return None
 
-    def store(self, name: str, compiled: jax.stages.Compiled, messages: str) -> None:
+    def store(self, name: str, program: KeptProgram) -> None:
         """Leaves the file as `step.save` wrote it."""
 
 
 def read_program(
     path: pathlib.Path, name: str, lowered: jax.stages.Lowered, mesh: Mesh
-) -> tuple[jax.stages.Compiled, str]:
-    """Reads an executable of a file, and what its compiler printed.
+) -> KeptProgram:
+    """Reads an executable of a file.
 
     Raises OSError if the file cannot be read, and an Exception of any type for one that is damaged
     or that another program wrote.
     """
     with _open_zip(path) as file:
-        program, log = file.read(f"{name}.program"), file.read(f"{name}.log")
+        program, log, lines = (file.read(f"{name}.{part}") for part in ("program", "log", "lines"))
     trees, devices = (lowered.in_tree, lowered.out_tree), list(mesh.devices.flat)
     compiled = serialize_executable.deserialize_and_load(program, *trees, execution_devices=devices)
     if not _same_types(compiled.in_avals, lowered.in_avals):
         raise ValueError("the executable takes other arguments")
-    return compiled, log.decode("utf-8", "replace")
+    return KeptProgram(compiled, log.decode("utf-8", "replace"), lines.decode())
 
 
 @contextlib.contextmanager
@@ -152,10 +173,10 @@ _UNSAVED, _UNLOADED = "The step cannot be saved.", "The saved step cannot be loa
 
 def save_programs(
     path: str | os.PathLike[str],
-    programs: Mapping[str, tuple[jax.stages.Compiled, str]],
+    programs: Mapping[str, KeptProgram],
     mesh: Mesh,
 ) -> None:
-    """Writes executables, each with what its compiler printed, into one file, whole or not at all.
+    """Writes executables by name into one file, whole or not at all.
 
     Its folder must exist. Raises StepError if the file cannot be written; the step calls Python,
     which no file holds; or several processes run the step, each of which would need a file of its
@@ -174,7 +195,7 @@ def save_programs(
         "environment": describe_environment(mesh),
         "programs": sorted(programs),
     }
-    written = {name: _serialize(compiled) for name, (compiled, _) in programs.items()}
+    written = {name: _serialize(program.compiled) for name, program in programs.items()}
     fix = "step.save of a path in a folder that exists and can be written"
     with (
         os_errors_as(StepError, _UNSAVED, str(target), fix),
@@ -182,9 +203,10 @@ def save_programs(
         zipfile.ZipFile(partial, "w") as file,
     ):
         file.writestr(_HEADER, json.dumps(header, indent=1))
-        for name, (_, log) in programs.items():
+        for name, program in programs.items():
             file.writestr(f"{name}.program", written[name])
-            file.writestr(f"{name}.log", log)
+            file.writestr(f"{name}.log", program.messages)
+            file.writestr(f"{name}.lines", program.lines)
 
 
 def _serialize(compiled: jax.stages.Compiled) -> bytes:

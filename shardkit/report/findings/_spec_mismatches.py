@@ -27,9 +27,7 @@ _LARGE = 2**20
 def involuntary_remats(program: Program) -> Iterator[Finding]:
     """What XLA itself warns of: arrays that it gathers whole to change their layout."""
     remats = find_involuntary_remats(program.log, program.mesh)
-    # A program from a cache has the messages of a second compile, with that one's tables behind.
-    tables = program.log if "\nStackFrames\n" in program.log else program.hlo
-    sources = Sources(tables, program.module) if remats else None
+    sources = Sources(program.hlo, program.module) if remats else None
     for remat in remats:
         yield Finding(
             "involuntary_remat",

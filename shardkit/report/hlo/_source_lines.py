@@ -39,11 +39,6 @@ def place_in(metadata: str) -> str:
     return match[0] if match else ""
 
 
-def source_tables(hlo: str) -> str:
-    """The tables that `stack_frame_id`s of a program are numbers in: what is before its code."""
-    return "\n".join(_lines_before_computations(hlo))
-
-
 def result_names(instruction: Instruction, operand: str, here: Computation) -> list[str]:
     """Names of the instructions whose result is what one operand becomes; through a `-done`."""
     if len(instruction.operands) == 1:
