@@ -20,6 +20,7 @@ from shardkit.nn._remat import parse_policy, use_policy
 from shardkit.step._bound_spec import BoundSpec
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
+from shardkit.step._saved_programs import KeptProgram
 from shardkit.step._step_functions import StepFunctions
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -162,7 +163,7 @@ def test_a_leaf_that_is_not_donated_is_reported(step):
     )
     program = run.lower(step.abstract_state, step.layout.batch).compile()
     with pytest.raises(sk.errors.ShardingError) as caught:
-        checked(dataclasses.replace(step.program, compiled=program), step)
+        checked(dataclasses.replace(step.program, _made=KeptProgram(program, "")), step)
     text = str(caught.value)
     assert re.search(
         r"state/params/up +is donated, but no result reuses its buffer; new state/params/up should",
