@@ -210,6 +210,44 @@ def test_an_optimizer_with_matrices_as_state(over_layers):
     assert moves(step.report())
 
 
+def now_and_then(every):
+    """Keeps a rotation of each matrix, made anew every few steps; each matrix asks for itself."""
+
+    def start(params):
+        turns = jax.tree.map(lambda p: jnp.eye(p.shape[0]) + 0.1 * jnp.ones_like(p), params)
+        return jnp.zeros((), jnp.int32), turns
+
+    def update(grads, state, params=None):
+        count = state[0] + 1
+
+        def one(path, g, turn):
+            now = count % every[path[0].key] == 0
+            # Signs of the columns of a factorization are not those of one device.
+            turn = jax.lax.cond(now, lambda: jnp.abs(jnp.linalg.qr(g + turn)[0]), lambda: turn)
+            return -0.1 * turn @ g, turn
+
+        pairs = jax.tree_util.tree_map_with_path(one, grads, state[1])
+        updates, turns = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+        return updates, (count, turns)
+
+    return optax.GradientTransformation(start, update)
+
+
+def test_matrices_that_ask_the_same_condition_move_together():
+    model = {f"layer{i}": ((8, 8), ("embed", "mlp"), Dims(0, 1)) for i in range(6)}
+    every = {name: 2 if i < 4 else 3 for i, name in enumerate(model)}
+    spec = spec_of(model, now_and_then(every), fsdp(min_size=0), owners=True)
+    step = spec.compile(mesh_of(fsdp=2))
+    check_numbers(spec, step)
+    report = step.report()
+    # Four matrices with one condition and two with another: gradient and rotation there, update
+    # and rotation back, each half of a matrix of 256 bytes and half of that.
+    assert sum(row.wire_bytes for row in moves(report)) == 6 * 4 * 64
+    assert len(moves(report)) <= 8
+    elementwise = step.replace(optimizer=optax.sgd(1e-3)).report()
+    assert report.minima[0].bytes - elementwise.minima[0].bytes == 6 * 4 * 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

@@ -57,14 +57,15 @@ def find_groups(
     )
     alone = _programs_of_one(update, single, parts, retrace)
     groups: dict[Any, list[tuple[MatrixPart, _Split]]] = {}
-    programs = {}
+    same, programs = _first_of_equals(update.jaxpr), {}
     for part, batch, dims, program in zip(parts, counts, split, alone, strict=True):
         if dims is None or program is None or not _is_of_one_matrix(program, part, batch):
             continue
         several = len({params[i] for i in part.params}) > 1
         if any(_stays(eqn, several) for eqn in equations(program.jaxpr)):
             continue
-        key = (str(program.jaxpr), batch, part.shared, dims.matrix, _inner_constants(program))
+        shared = tuple(same.get(v, v) for v in part.shared)
+        key = (str(program.jaxpr), batch, shared, dims.matrix, _inner_constants(program.jaxpr))
         groups.setdefault(key, []).append((part, dims))
         programs[key] = program
     return [
@@ -78,6 +79,22 @@ def find_groups(
         )
         for key, members in groups.items()
     ]
+
+
+def _first_of_equals(jaxpr: Any) -> dict[Any, Any]:
+    """For each computed value, the first one that is computed in the same way.
+
+    An update that is called for each matrix, with `lax.cond(count % 10 == 0, ...)` inside, has as
+    many conditions as matrices.
+    """
+    first: dict[Any, Any] = {}
+    seen: dict[Any, core.JaxprEqn] = {}
+    for eqn in jaxpr.eqns:
+        of = [first.get(v, v) if _is_var(v) else f"{v}: {v.aval}" for v in eqn.invars]
+        params = str(eqn.params), _inner_constants(tuple(eqn.params.values()))
+        known = eqn if eqn.effects else seen.setdefault((eqn.primitive, *params, *of), eqn)
+        first.update(zip(eqn.outvars, known.outvars, strict=True))
+    return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +294,7 @@ def _stays(eqn: core.JaxprEqn, several: bool) -> bool:
     return eqn.primitive.name in _BOUND
 
 
-def _inner_constants(program: core.ClosedJaxpr) -> tuple[int, ...]:
+def _inner_constants(of: Any) -> tuple[int, ...]:
     """Arrays that programs inside hold, by identity: their text does not show them."""
 
     def inside(value: Any) -> Iterator[int]:
@@ -290,4 +307,4 @@ def _inner_constants(program: core.ClosedJaxpr) -> tuple[int, ...]:
             for item in value:
                 yield from inside(item)
 
-    return tuple(inside(program.jaxpr))
+    return tuple(inside(of))

@@ -121,14 +121,20 @@ def _dim_of(axis: str, dims: Dims) -> int | None:
 
 
 def count_bytes(groups: Sequence[Group], sizes: Mapping[str, int]) -> tuple[tuple[str, float], ...]:
-    """The fewest bytes that one device sends for its matrices: `(mesh axis, bytes), …`."""
+    """The fewest bytes that one device sends for its matrices: `(mesh axis, bytes), …`.
+
+    What several groups use in the same way moves once.
+    """
+    moves = dict.fromkeys(
+        (var, spec, axis)
+        for group in groups
+        for part, specs, ends in zip(group.parts, group.specs, group.result_specs, strict=True)
+        for var, spec in zip((*part.arrays, *part.results), (*specs, *ends), strict=True)
+        for axis in group.order
+    )
     totals: dict[str, float] = {}
-    for group in groups:
-        for part, specs, ends in zip(group.parts, group.specs, group.result_specs, strict=True):
-            for var, spec in zip((*part.arrays, *part.results), (*specs, *ends), strict=True):
-                ways = math.prod(sizes[axis] for entry in spec for axis in axes_of(entry))
-                size = var.aval.size * jnp.dtype(var.aval.dtype).itemsize / ways
-                for axis in group.order:
-                    sent = (sizes[axis] - 1) / sizes[axis] * size
-                    totals[axis] = totals.get(axis, 0.0) + sent
-    return tuple(totals.items())
+    for var, spec, axis in moves:
+        ways = math.prod(sizes[name] for entry in spec for name in axes_of(entry))
+        size = var.aval.size * jnp.dtype(var.aval.dtype).itemsize / ways
+        totals[axis] = totals.get(axis, 0.0) + (sizes[axis] - 1) / sizes[axis] * size
+    return tuple(sorted(totals.items()))
