@@ -130,6 +130,17 @@ def summed_in_turn(p, x):
     return jax.lax.scan(lambda total, row: (total + mlp(p, row).mean(), None), 0.0, x)[0]
 
 
+def chunks_in_turn(p, x):
+    """Two tokens at a time, whose products are computed again for the gradient."""
+
+    @jax.checkpoint
+    def turn(total, chunk):
+        return total + jnp.sum(mlp(p, chunk) ** 2), mlp(p, chunk).mean()
+
+    total, means = jax.lax.scan(turn, 0.0, x.reshape(-1, 2, x.shape[-1]))
+    return total / x.size + means.mean()
+
+
 def systems(p, x):
     """A positive definite matrix for each row, and the right side that goes with it."""
     h = x[:, :4] @ p["w"]
@@ -238,6 +249,7 @@ MEANS = {
     },
     "in turn": (lambda p, x, k: jnp.mean(in_turn(p, x) ** 2), (X,)),
     "folded, in turn": (lambda p, x, k: jnp.mean(in_turn(p, x.reshape(-1, 4)) ** 2), (SEQUENCE,)),
+    "chunks of tokens, in turn": (lambda p, x, k: chunks_in_turn(p, x[:, :2]), (SEQUENCE,)),
     "sum in turn": (lambda p, x, k: summed_in_turn(p, x) / len(x), (X,)),
     "length, in turn": (
         lambda p, x, k: jnp.mean(jax.lax.map(lambda row: scanned_time(p, row[None]), x) ** 2),

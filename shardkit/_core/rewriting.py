@@ -33,8 +33,10 @@ def rewrite(function: Callable[..., Any], changes: Changes) -> Callable[..., Any
     return run
 
 
-def inline_calls(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
+def inline_calls(traced: core.ClosedJaxpr, checkpoints: bool = False) -> core.ClosedJaxpr:
     """Returns a trace in which every jitted function stands in place of its call, but in loops.
+
+    `checkpoints`: so do functions under `jax.checkpoint`, for a program that is read alone.
 
     >>> traced = jax.make_jaxpr(lambda x: jax.jit(jax.numpy.sin)(x) + 1)(0.0)
     >>> [eqn.primitive.name for eqn in inline_calls(traced).eqns]
@@ -46,7 +48,16 @@ def inline_calls(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
         kind: Any = type(inner["inline"])  # from JAX 0.11 on an enum
         return eqn.replace(params={**inner, "inline": True if kind is bool else kind["JAX_EARLY"]})
 
+    def unwrap(eqn: core.JaxprEqn) -> core.JaxprEqn:
+        inner = eqn.params["jaxpr"]
+        inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+        function = jax.jit(core.jaxpr_as_fun(inner))
+        (call,) = jax.make_jaxpr(function)(*(v.aval for v in eqn.invars)).eqns
+        return inline(call.replace(invars=eqn.invars, outvars=eqn.outvars))
+
     changes: Changes = {"jit": inline, "pjit": inline}
+    if checkpoints:
+        changes = {**changes, "checkpoint": unwrap, "remat2": unwrap}
     return jax.make_jaxpr(core.jaxpr_as_fun(_change(traced, changes)))(*traced.in_avals)
 
 

@@ -181,7 +181,10 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
             return [mixed] * outs
         programs = _body(few.program), _body(many.program)
         results = _follow_pair(*programs, states, equation.rows)
-        return results[:outs] if few.turns_apart(results[outs:]) else [mixed] * outs
+        if not few.turns_apart(results[outs:]):
+            return [mixed] * outs
+        # The numbers of the turns are an `iota` of the program that stands for the loop alone.
+        return [mixed if _is_counted(state) else state for state in results[:outs]]
     consts, carried = count_scan_operands(equation.few)
     fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
     slices = [_at(s, -1) for s in states[consts + carried :]]
@@ -195,6 +198,10 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
     carry, ys = _fixpoint(equation, body, carry)
     return [*carry, *(_at(y, 1) for y in ys)]
+
+
+def _is_counted(state: State) -> bool:
+    return isinstance(state, Mixed) and state.cause.operation == "iota"
 
 
 def _at(state: State, by: int) -> State:

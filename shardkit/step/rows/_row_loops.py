@@ -66,12 +66,15 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
     The gradient of the first adds what each row gives for a weight, that of a look-up adds to the
     place that was read.
     """
-    closed = inline_calls(scan.params["jaxpr"])
+    closed = inline_calls(scan.params["jaxpr"], checkpoints=True)
     body, (consts, carried) = closed.jaxpr, count_scan_operands(scan)
     before, turns = consts + carried, scan.params["length"]
     pairs = zip(body.invars[consts:before], body.outvars[:carried], strict=True)
     carries = [
-        _counter(body, carry, end, turns) or _sum(body, carry, end) or _written(body, carry, end)
+        _kept(body, carry, end)
+        or _counter(body, carry, end, turns)
+        or _sum(body, carry, end)
+        or _written(body, carry, end)
         for carry, end in pairs
     ]
     if any(carry is None for carry in carries):
@@ -114,6 +117,18 @@ def without_turns(scan: core.JaxprEqn) -> RowLoop | None:
     return RowLoop(program, tuple(len(c.places) for c in known if c.places is not None))
 
 
+def _kept(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
+    """A carry that each turn hands on: the gradient of a sum is, through casts to its own dtype."""
+    while end is not carry:
+        made = _maker(body, end)
+        if made is None or made.primitive.name != "convert_element_type":
+            return None
+        (end,) = made.invars
+        if isinstance(end, core.Literal) or dtype_of(end) != dtype_of(carry):
+            return None
+    return _Carry((), lambda start, _: start)
+
+
 def _counter(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | None:
     made = _maker(body, end)
     if made is None or made.primitive.name != "add" or dtype_of(carry).kind not in "iu":
@@ -126,7 +141,7 @@ def _counter(body: core.Jaxpr, carry: Any, end: Any, turns: int) -> _Carry | Non
 
 
 def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
-    """A carry to which a turn adds terms; none if it leaves it."""
+    """A carry to which a turn adds terms."""
     terms: list[Any] = []
     while carry is not end:
         users = _uses(body, carry)
@@ -142,7 +157,7 @@ def _sum(body: core.Jaxpr, carry: Any, end: Any) -> _Carry | None:
             return None
         (carry,) = user.outvars
     # A running sum that a turn reads, or hands out, depends on the turns before.
-    if terms and (_uses(body, end) or sum(result is end for result in body.outvars) > 1):
+    if _uses(body, end) or sum(result is end for result in body.outvars) > 1:
         return None
     makers = [
         _placed_term(body, term) or _Carry((term,), lambda start, v: start + v[0].sum(0))

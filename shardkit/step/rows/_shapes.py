@@ -133,7 +133,8 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         inner, left = divmod(behind, math.prod(new[dim + 1 :]))
         if not rest and not left and new[dim] == outer * equation.n * inner:
             return [PerRow(dim, outer, inner, state.degree, state.role)]
-    return [equation.mixed("splits rows up, or folds several into one", fix=BY_ROW)]
+    chunks = "; or chunks of a size that divides each row's length" if behind > 1 else ""
+    return [equation.mixed("splits rows up, or folds several into one", fix=BY_ROW + chunks)]
 
 
 def _folds_parts(equation: Equation) -> bool:
