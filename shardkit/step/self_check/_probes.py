@@ -9,6 +9,7 @@ reaches the host, whatever the number of processes.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,23 @@ class Probes:
         may move an element in opposite directions where its gradient is zero but for rounding.
         Its first call raises LossAskedError if the optimizer evaluates the loss itself.
         """
+        trained = self._layout.trained_shardings
+        of_state = (trained, self._layout.shardings.opt_state)
+        specs = [sharding.spec for sharding in jax.tree.leaves(of_state)]
+        grad_specs = [sharding.spec for sharding in jax.tree.leaves(trained)]
+        sizes = self._mesh.shape
+        copies = [math.prod(sizes[a] for a in self._axes_of_copies(spec)) for spec in specs]
+        shares = 1 / np.array(copies, "f")
+
+        def on_device(flat: tuple[list[jax.Array], ...], least: Scalar) -> jax.Array:
+            grads, before, expected, after = flat
+            tops = [jnp.max(jnp.abs(g), initial=0).astype(jnp.float32) for g in grads]
+            bound = least * jax.lax.pmax(jnp.max(jnp.stack(tops)), self._mesh.axis_names)
+            sure = [jnp.abs(g).astype(jnp.float32) > bound for g in grads]
+            every = [True] * (len(before) - len(sure))
+            # Leaf by leaf: nothing of the expected state is kept. See `_core/alike.py`.
+            gaps = map(_squared_gaps, before, expected, after, [*sure, *every])
+            return jax.lax.psum(shares * jnp.stack(list(gaps), 1), self._mesh.axis_names)
 
         def run(
             before: TrainState, grads: Params, loss: Scalar, after: TrainState, least: Scalar
@@ -214,19 +232,22 @@ class Probes:
             args = grads, before.opt_state, start, loss
             updates, opt_state = call_update(self._spec.optimizer, *args)
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), start, updates)
-            tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
-            bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))
-            sure = jax.tree.map(lambda g: jnp.abs(g).astype(jnp.float32) > bound, grads)
-            every = jax.tree.map(lambda x: jnp.ones(x.shape, bool), opt_state)
-            # Leaf by leaf: nothing of the expected state is kept. See `_core/alike.py`.
-            trees = (
-                (start, before.opt_state),
-                (params, opt_state),
-                (end, after.opt_state),
-                (sure, every),
+            states = ((start, before.opt_state), (params, opt_state), (end, after.opt_state))
+            body = jax.shard_map(
+                on_device,
+                mesh=self._mesh,
+                in_specs=((grad_specs, specs, specs, specs), PartitionSpec()),
+                out_specs=PartitionSpec(),
+                check_vma=False,  # copies are compared by `copies_differ`
             )
-            leaves = zip(*map(jax.tree.leaves, trees), strict=True)
-            return jnp.stack([_update_gap(*leaf) for leaf in leaves], axis=1)
+            flat = tuple(
+                [_key_words(x) for x in jax.tree.leaves(tree)] for tree in (grads, *states)
+            )
+            gaps, changes, wants = jnp.sqrt(body(flat, least))
+            expected = jax.tree.leaves(states[1])
+            roundings = np.array([100 * _epsilon(x.dtype) for x in expected], "f") * wants
+            result = jnp.stack([gaps, jnp.maximum(changes, roundings)])
+            return (result / np.sqrt([max(x.size, 1) for x in expected])).astype(jnp.float32)
 
         return self._jit(run, self._whole)
 
@@ -244,16 +265,20 @@ class Probes:
         return (*leaves_by_path(state, "state"), *leaves_by_path(gradients, "gradients"))
 
 
-def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
-    """f32[2]: rms of after - expected, and of the change or of a hundred roundings."""
+def _squared_gaps(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
+    """[3] squared sums: of after - expected, of the change, and of what is expected.
+
+    A leaf of integers that is not as expected is wrong by 1, where the change is 1.
+    """
     if not jnp.issubdtype(expected.dtype, jnp.inexact):
-        wrong = jnp.any(_key_words(after) != _key_words(expected))
-        return jnp.stack([wrong.astype(jnp.float32), jnp.float32(1)])
-    old, want, got = (jnp.where(sure, x, 0) for x in (before, expected, after))
-    size = np.sqrt(max(expected.size, 1))
-    roundings = 100 * float(jnp.finfo(expected.dtype).eps) * _norm(want)
-    change = jnp.maximum(_norm(widen(want) - widen(old)), roundings)
-    return jnp.stack([_norm(widen(got) - widen(want)), change]) / size
+        wrong = jnp.any(after != expected).astype(jnp.float32)
+        return jnp.stack([wrong, jnp.float32(1), jnp.float32(0)])
+    old, want, got = (widen(jnp.where(sure, x, 0)) for x in (before, expected, after))
+    return jnp.stack([_squares(got - want), _squares(want - old), _squares(want)])
+
+
+def _epsilon(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
 def _moved(p: jax.Array, seed: jax.Array, amount: jax.Array) -> jax.Array:
@@ -299,7 +324,11 @@ def _real_product(g: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(widen(x))))).astype(jnp.float32)
+    return jnp.sqrt(_squares(widen(x))).astype(jnp.float32)
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(jnp.abs(x)))
 
 
 def _key_words(x: jax.Array) -> jax.Array:
