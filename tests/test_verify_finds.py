@@ -1,5 +1,6 @@
 """What `sk.verify` would miss with smaller ids, one evaluation, even meshes or plain optimizers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,8 @@ from shardkit.parity._default_meshes import odd_shapes
 from shardkit.parity._likely_cause import find_likely_cause
 from shardkit.parity._random_batches import find_integer_bounds
 from shardkit.testing import RARE_MUTATIONS, kill_matrix
+
+from ._quick import some_quick
 
 RARE = {mutation.name: mutation for mutation in RARE_MUTATIONS}
 VOCAB, ROWS = 40, 24
@@ -164,6 +167,26 @@ def test_a_bf16_leaf_a_tenth_larger_is_found_by_its_projection_alone():
     assert row.threshold < 0.1 < 0.25  # 0.25 is the largest that the error of elements may be
     (control,) = (row for row in matrix.control.rows if row.check == "gradients")
     assert control.error < 0.5 * control.threshold
+
+
+# Gradients that are summed in fewer bits than they are computed in.
+
+
+@pytest.mark.parametrize("dtype", some_quick(["bfloat16", "float16"], "bfloat16"))
+def test_declared_roundings_of_sums_are_no_difference_and_hide_none(dtype):
+    strategy = dataclasses.replace(STRATEGY, params=sk.PathRules({"**": P()}))
+    options = {"precision": sk.Precision(reduce_dtype=dtype), "strategy": strategy}
+    matrix = kill_matrix(
+        spec(optax.adam(1e-2), **options).compile,
+        mesh(data=4, tensor=1),
+        mutations=[RARE["a tenth more"]],
+        steps=3,
+    ).check()
+    rows = {row.check: row for row in matrix.control.rows}
+    assert rows["gradients"].error > 1e-4  # in f32 nothing is so far off
+    assert rows["gradients"].threshold < 0.1
+    assert rows["loss"].threshold < 1e-5
+    assert "gradients" in {row.check for row in matrix.rows[0].failed_rows}
 
 
 # Meshes.

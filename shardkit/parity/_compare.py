@@ -24,7 +24,17 @@ from jax.typing import DTypeLike
 from .._core.errors import count
 from ._observe import Observation
 from ._parity_report import ParityRow
-from ._record import AFTER_STEPS, COUNTERS, GRADIENTS, INIT, NUMBERS, SCALARS, Leaves, Record
+from ._record import (
+    AFTER_STEPS,
+    COUNTERS,
+    GRADIENTS,
+    INIT,
+    NO_GRADIENTS,
+    NUMBERS,
+    SCALARS,
+    Leaves,
+    Record,
+)
 
 # Measured on the reference decoder: correct meshes stay within 2 times the noise of a nudge.
 MARGIN = 8
@@ -41,16 +51,22 @@ class ErrorLimits:
 
     min_threshold: float  # where no noise was measured: 8 roundings
     max_threshold: float  # however large the noise: 84 roundings, 1e-5 in f32
+    max_with_gradients: (
+        float  # the same of what gradients decide, which have roundings of their own
+    )
     # the same after steps of the declared optimizer, and for a scalar (a metric, an evaluation)
     # whose noise is above 1 %. Adam divides a gradient by its own magnitude, so an element that is
     # zero up to rounding moves by the whole learning rate.
     max_after_steps: float
 
     @classmethod
-    def of(cls, dtype: DTypeLike) -> "ErrorLimits":
-        """Limits of a compute dtype; never so wide that a gradient of half the size passes."""
-        eps = float(jnp.finfo(dtype).eps)
-        return cls(8 * eps, min(84 * eps, 0.25), 0.25)
+    def of(cls, dtype: DTypeLike, reduce_dtype: DTypeLike | None = None) -> "ErrorLimits":
+        """Limits of a compute dtype, and of the one that gradients are summed in, if it is another.
+
+        Never so wide that a gradient of half the size passes.
+        """
+        eps, reduced = (float(jnp.finfo(d).eps) for d in (dtype, reduce_dtype or dtype))
+        return cls(8 * eps, min(84 * eps, 0.25), min(84 * max(eps, reduced), 0.25), 0.25)
 
     def threshold(self, check: str, noise: float, *, vanishing: bool = False) -> float:
         """`MARGIN` times the noise, clamped to the range of the check.
@@ -61,7 +77,8 @@ class ErrorLimits:
         noise 1 gives 1e-5.
         """
         after = check in AFTER_STEPS
-        limit = self.max_after_steps if after or vanishing else self.max_threshold
+        own = self.max_threshold if check in NO_GRADIENTS else self.max_with_gradients
+        limit = self.max_after_steps if after or vanishing else own
         if after and vanishing and noise < np.inf:
             limit = np.inf
         if check in SCALARS and _MIN_SCALE < noise < np.inf:

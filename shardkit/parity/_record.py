@@ -27,6 +27,8 @@ NUMBERS = (
     *(LOSS, GRADIENTS, NORM, METRICS, SGD, LATER_LOSS, LATER_METRICS, LATER_STATE),
     *(EVALUATE, LATER_EVALUATE),
 )
+# What the first parameters decide, without a gradient.
+NO_GRADIENTS = (LOSS, METRICS, EVALUATE)
 AFTER_STEPS = (LATER_LOSS, LATER_METRICS, LATER_STATE, LATER_EVALUATE)
 # Of these checks each leaf has a meaning and a magnitude of its own.
 SCALARS = (METRICS, LATER_METRICS, EVALUATE, LATER_EVALUATE)

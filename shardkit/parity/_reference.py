@@ -104,17 +104,24 @@ class Reference:
         return ReferenceState(*self._init(jax.device_put(key, self.device)))
 
     def run(
-        self, inputs: ParityInputs, start: ReferenceState, sgd: optax.GradientTransformation
+        self,
+        inputs: ParityInputs,
+        start: ReferenceState,
+        sgd: optax.GradientTransformation,
+        nudge: Callable[[Params], Params] | None = None,
     ) -> Record:
-        """Records every check of the parity report, from a first state that is perhaps nudged."""
+        """Records every check of the parity report, from a first state that is perhaps nudged.
+
+        `nudge` is applied to the gradients of each step.
+        """
         batch = inputs.batch(0)
-        metrics, grads, _ = self.gradients(start, batch, 0)
+        _, grads, _ = self.gradients(start, batch, 0, nudge)
         trained = self._trained(start.params)
         sgd_params = _jit_sgd_update(sgd)(grads, sgd.init(trained), trained)
         sgd_params = self._partition(start.params).merge(sgd_params, start.params)
         all_metrics, state = [], start
         for t in range(inputs.steps):
-            state, metrics = self._step(state, inputs.batch(t), t)
+            state, metrics = self._step(state, inputs.batch(t), t, nudge)
             all_metrics.append(metrics)
         after = copy_state_to_host(state)
         own = {"step": np.int32(inputs.steps), "halted": np.bool_(False), "key": state.key}
@@ -130,7 +137,11 @@ class Reference:
         }
 
     def gradients(
-        self, state: ReferenceState, batch: Batch, step: int
+        self,
+        state: ReferenceState,
+        batch: Batch,
+        step: int,
+        nudge: Callable[[Params], Params] | None = None,
     ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
         model_state = state.model_state
@@ -152,6 +163,7 @@ class Reference:
         scale = 1 / weight if weight else 0.0
         trained = self._trained(state.params)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, trained)
+        grads = nudge(grads) if nudge else grads
         means = {name: _divide(pair[0], pair[1], dtypes[name]) for name, pair in sums.items()}
         means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
         return means, grads, model_state
@@ -184,9 +196,13 @@ class Reference:
         )
 
     def _step(
-        self, state: ReferenceState, batch: Batch, step: int
+        self,
+        state: ReferenceState,
+        batch: Batch,
+        step: int,
+        nudge: Callable[[Params], Params] | None,
     ) -> tuple[ReferenceState, HostMetrics]:
-        metrics, grads, model_state = self.gradients(state, batch, step)
+        metrics, grads, model_state = self.gradients(state, batch, step, nudge)
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
@@ -380,13 +396,31 @@ def nudge_params(state: ReferenceState, dtype: str | None, seed: int) -> Referen
     0.5 becomes 0.5 ± 6e-8.
     """
     rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jax.device_put(_nudge(x, rng, dtype), x.sharding), state.params)
+    return dataclasses.replace(state, params=params)
 
-    def nudge(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        eps = float(jnp.finfo(policy_dtype(x.dtype, dtype)).eps)
-        signs = rng.choice([-1.0, 1.0], size=x.shape)
-        nudged = np.asarray(x).astype(np.promote_types(x.dtype, np.float64)) * (1 + eps * signs)
-        return jax.device_put(nudged.astype(x.dtype), x.sharding)
 
-    return dataclasses.replace(state, params=jax.tree.map(nudge, state.params))
+def nudge_grads(reduce_dtype: str, seed: int) -> Callable[[Params], Params]:
+    """Moves every gradient up or down by one rounding of the dtype that gradients are summed in.
+
+    What a device sends is rounded to this dtype, however exact the computation is. The parts of a
+    small sum may be as large as those of others, so its rounding is that of a usual element:
+    0.5 - 0.4999 is 0.001 in bf16, not 0.0001. What is zero is zero everywhere, as an unused row of
+    an embedding.
+    """
+    rng = np.random.default_rng(seed)
+    return functools.partial(jax.tree.map, lambda g: _nudge(g, rng, reduce_dtype, usual=True))
+
+
+def _nudge(x: Any, rng: np.random.Generator, dtype: str | None, *, usual: bool = False) -> Any:
+    """Moves each element by one rounding of its own, or of the usual size among those not zero."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    eps = float(jnp.finfo(policy_dtype(x.dtype, dtype)).eps)
+    wide = np.asarray(x).astype(np.promote_types(x.dtype, np.float64))
+    times = np.ones(x.shape)
+    if usual and wide.any():
+        size = np.abs(wide)
+        rms = np.sqrt(np.mean(size[size > 0] ** 2))
+        np.divide(rms, size, out=times, where=(size > 0) & (size < rms))
+    return (wide * (1 + eps * times * rng.choice([-1.0, 1.0], size=x.shape))).astype(x.dtype)

@@ -15,7 +15,7 @@ from ._compare import ErrorLimits, compare_with_reference
 from ._observe import observe
 from ._parity_report import ParityRow
 from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
-from ._reference import Reference, nudge_params
+from ._reference import Reference, nudge_grads, nudge_params
 
 _NUDGES = 3
 
@@ -45,13 +45,19 @@ class ReferenceResults:
         trained = find_partition(spec, start.params).trained(start.params)
         self._sgd = clipped_sgd(copy_to_host(trained), copy_to_host(grads))
         self.record = reference.run(inputs, start, self._sgd)
+        self._dtypes = spec.precision.compute_dtypes(start.params)
+        reduce = _coarser(spec.precision.reduce_dtype, self._dtypes.lowest)
+        self._limits = ErrorLimits.of(self._dtypes.lowest, reduce)
         compute = spec.precision.compute_dtype
         self._noise_records = [
-            reference.run(inputs, nudge_params(start, compute, seed), self._sgd)
+            reference.run(
+                inputs,
+                nudge_params(start, compute, seed),
+                self._sgd,
+                nudge_grads(reduce, seed) if reduce else None,
+            )
             for seed in range(_NUDGES)
         ]
-        self._dtypes = spec.precision.compute_dtypes(start.params)
-        self._limits = ErrorLimits.of(self._dtypes.lowest)
 
     def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
         """Runs a step on the same inputs and compares.
@@ -72,6 +78,11 @@ class ReferenceResults:
         compute = short_dtype(jnp.dtype(self._dtypes.lowest))
         steps = count(self.inputs.steps, "step")
         return f"One device against each mesh: {steps}, compute {compute}{micro}."
+
+
+def _coarser(dtype: str | None, than: str) -> str | None:
+    """A dtype if it has larger roundings than another one."""
+    return dtype if dtype and jnp.finfo(dtype).eps > jnp.finfo(than).eps else None
 
 
 def _check_usable(metrics: Any) -> None:
