@@ -26,6 +26,7 @@ from shardkit.parity._layout import (
     find_misplaced_leaves,
     resolve_declared_specs,
 )
+from shardkit.parity._nudges import nudge_params
 from shardkit.parity._observe import Observation, count_compiles, state_fields
 from shardkit.parity._record import (
     GRADIENTS,
@@ -38,7 +39,7 @@ from shardkit.parity._record import (
     copy_to_host,
     group_metrics_by_check,
 )
-from shardkit.parity._reference import Reference, nudge_params
+from shardkit.parity._reference import Reference
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
 pipeline = sk.strategies.pipeline
@@ -349,8 +350,10 @@ def _run_reference(key):
     record = reference.run(INPUTS, start, CLIPPED)
     assert CLIP < float(record[NORM]["grad_norm"]), "the clip does not act"
     dtype = jnp.dtype(spec.precision.compute_dtype)
+    nudged = [nudge_params(start.params, dtype, seed) for seed in range(2)]
     noise_records = [
-        reference.run(INPUTS, nudge_params(start, dtype, seed), CLIPPED) for seed in range(2)
+        reference.run(INPUTS, dataclasses.replace(start, params=params), CLIPPED)
+        for params in nudged
     ]
     return record, noise_records, ErrorLimits.of(dtype)
 

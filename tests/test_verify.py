@@ -38,9 +38,10 @@ from shardkit.parity._compare import (
     find_worst_leaf,
 )
 from shardkit.parity._layout import find_differing_copies, find_misplaced_leaves
+from shardkit.parity._nudges import nudge_grads, nudge_params
 from shardkit.parity._observe import Observation, count_compiles
 from shardkit.parity._record import ParityInputs, clipped_sgd
-from shardkit.parity._reference import Reference, nudge_params
+from shardkit.parity._reference import Reference
 
 ROWS, WIDTH = 8, 4
 STRATEGY = Strategy(
@@ -376,16 +377,20 @@ def test_sgd_is_clipped_and_moves_by_a_tenth():
 
 
 def test_a_nudge_is_one_rounding():
-    state = Reference(
-        factory(
-            build_one_device_mesh(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1]))
-        ).spec,
-        jax.devices()[0],
-    ).init(jax.random.key(0))
-    moved = nudge_params(state, "float32", 0)
-    gap = np.abs(moved.params["up"] / state.params["up"] - 1)
-    assert 0 < gap.max() <= 2.5e-7
-    assert np.array_equal(moved.params["bias"], state.params["bias"])
+    params = {"up": jax.random.normal(jax.random.key(0), (8, 4)), "bias": jnp.zeros(4)}
+    moved = nudge_params(params, "float32", 0)
+    assert 0 < np.abs(moved["up"] / params["up"] - 1).max() <= 2.5e-7
+    assert np.array_equal(moved["bias"], params["bias"])
+
+
+def test_a_gradient_is_nudged_by_a_rounding_of_its_sum():
+    """What is small may be a difference of large parts; what is zero stays zero."""
+    grads = {"w": np.array([1.0, -1.0, 1e-3, 0.0], "f")}
+    moved = nudge_grads("bfloat16", 0)(grads)["w"] - grads["w"]
+    eps = float(jnp.finfo("bfloat16").eps)
+    np.testing.assert_allclose(np.abs(moved[:2]), eps, rtol=1e-3)
+    assert 0.5 * eps < np.abs(moved[2]) < eps
+    assert moved[3] == 0
 
 
 def test_batches_of_a_trial_take_turns():

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from .._core.errors import VerificationError, first_line
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
-from .._core.precision import cast_floats, policy_dtype
+from .._core.precision import cast_floats
 from .._core.row_dims import RowDims, map_rows, take_rows
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.tree import list_leaves
@@ -384,43 +384,3 @@ def _to_f32(x: jax.Array) -> np.ndarray:
 def _divide(total: Any, weight: Any, dtype: Any) -> np.ndarray:
     """The mean; 0 if the weight is 0."""
     return np.asarray(float(total) / float(weight) if float(weight) else 0.0, dtype)
-
-
-def nudge_params(state: ReferenceState, dtype: str | None, seed: int) -> ReferenceState:
-    """Moves every parameter up or down by one rounding, at random.
-
-    The rounding is that of the dtype which the policy `dtype` computes it in.
-
-    The change of the results is the noise of the reference: programs that sum in another order
-    differ by roundings too, so correct programs differ by about as much. In f32, a parameter of
-    0.5 becomes 0.5 ± 6e-8.
-    """
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: jax.device_put(_nudge(x, rng, dtype), x.sharding), state.params)
-    return dataclasses.replace(state, params=params)
-
-
-def nudge_grads(reduce_dtype: str, seed: int) -> Callable[[Params], Params]:
-    """Moves every gradient up or down by one rounding of the dtype that gradients are summed in.
-
-    What a device sends is rounded to this dtype, however exact the computation is. The parts of a
-    small sum may be as large as those of others, so its rounding is that of a usual element:
-    0.5 - 0.4999 is 0.001 in bf16, not 0.0001. What is zero is zero everywhere, as an unused row of
-    an embedding.
-    """
-    rng = np.random.default_rng(seed)
-    return functools.partial(jax.tree.map, lambda g: _nudge(g, rng, reduce_dtype, usual=True))
-
-
-def _nudge(x: Any, rng: np.random.Generator, dtype: str | None, *, usual: bool = False) -> Any:
-    """Moves each element by one rounding of its own, or of the usual size among those not zero."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return x
-    eps = float(jnp.finfo(policy_dtype(x.dtype, dtype)).eps)
-    wide = np.asarray(x).astype(np.promote_types(x.dtype, np.float64))
-    times = np.ones(x.shape)
-    if usual and wide.any():
-        size = np.abs(wide)
-        rms = np.sqrt(np.mean(size[size > 0] ** 2))
-        np.divide(rms, size, out=times, where=(size > 0) & (size < rms))
-    return (wide * (1 + eps * times * rng.choice([-1.0, 1.0], size=x.shape))).astype(x.dtype)

@@ -1,5 +1,6 @@
 """The results of one device with their noise, which the results of a mesh are held to."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -12,10 +13,11 @@ from .._core.tree import short_dtype
 from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec, find_partition
 from ._compare import ErrorLimits, compare_with_reference
+from ._nudges import nudge_grads, nudge_params
 from ._observe import observe
 from ._parity_report import ParityRow
 from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
-from ._reference import Reference, nudge_grads, nudge_params
+from ._reference import Reference
 
 _NUDGES = 3
 
@@ -52,7 +54,7 @@ class ReferenceResults:
         self._noise_records = [
             reference.run(
                 inputs,
-                nudge_params(start, compute, seed),
+                dataclasses.replace(start, params=nudge_params(start.params, compute, seed)),
                 self._sgd,
                 nudge_grads(reduce, seed) if reduce else None,
             )
