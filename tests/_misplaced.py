@@ -199,14 +199,14 @@ CASES = {
         {},
         {"up/kernel": P(None, "tensor"), "down/kernel": P(None, "tensor")},
         init=lambda key: Mlp().init(key, X)["params"],
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "nnx_down": Case(
         nnx_down,
         {},
         {"**/kernel/**": P(None, "tensor")},
         init=lambda key: nnx.split(Block(nnx.Rngs(key)), nnx.Param)[1],
-        finding="product_gather",
+        finding="split_contraction",
     ),
 }
 

@@ -402,6 +402,7 @@ CONSTRAINTS = {
         LONG,
         opt_state=sk.PathRules({"**/up": P("data", None), "**": sk.REPLICATED}),
         by="",
+        finding="resharding",
     ),
     "middle_contraction": case(
         middle_contraction,

@@ -6,6 +6,7 @@ import json
 import linecache
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit._core.source import Frame, choose_source, read_line
-from shardkit._core.tree import Leaf
+from shardkit._core.tree import Leaf, format_bytes
 from shardkit.report import PlacedLeaf, Report, find_batch_axes
 from shardkit.report._by_source import group_by_source
 from shardkit.report.hlo._hlo import parse
@@ -27,6 +28,7 @@ from ._misplaced_among import AMONG
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
 from ._misplaced_rules import ODD as RULES
+from ._misplaced_two import TWO
 from ._quick import some_quick
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -100,6 +102,29 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     after = spec.compile(mesh.build()).report()
     assert first.remaining == after.ledger.total() < report.ledger.total()
     assert not any(odd.misplaced.finding == one.kind for one in after.findings)
+
+
+@pytest.mark.parametrize("name", some_quick(TWO, *list(TWO)[::3]))
+def test_two_misplaced_declarations_are_told_apart(name):
+    """Each has a finding of its own, and both layouts are compiled, one by one and together."""
+    pair = TWO[name]
+    spec, mesh = declare("", pair.both)
+    report = spec.compile(mesh.build()).report(try_fixes=True)
+    found = [one for one in report.findings if one.declarations]
+    named = [tuple(re.sub(r":\d+ in .*", "", text) for text in one.declarations) for one in found]
+    assert tuple(named) == pair.declarations
+    assert [*report.findings[: len(found)]] == found  # before all others
+    assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+    assert len({row for one in found for row in one.rows}) == sum(len(one.rows) for one in found)
+    spec, mesh = declare("", dataclasses.replace(pair.both, **pair.mended))
+    after = spec.compile(mesh.build()).report()
+    together = f"; with those of all such findings {format_bytes(after.ledger.total())}"
+    if len(found) > 1:
+        assert all(together in one.fix for one in found)
+    else:
+        assert found[0].remaining == after.ledger.total()
+    assert (after.ledger.total() < report.ledger.total()) == pair.less
+    assert pair.less == (not any("keep it as it is" in one.fix for one in found))
 
 
 def test_a_constraint_of_a_backward_rule_is_said_to_be_one():

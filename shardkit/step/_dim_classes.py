@@ -5,6 +5,7 @@ rows of w. A layout of one dim of a class is the layout of all, unless something
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -33,6 +34,9 @@ class DimClasses:
         self._shared: dict[int, bool] = {}
         self._calls = 0
         self.contracted: list[tuple[int, core.JaxprEqn]] = []
+        self.products: list[tuple[list[int], int]] = []  # numbers of their dims, multiplications
+        # Of each reshape (2, 8) ↔ 16: the numbers of 2 and 8, and the sizes 2 and 16.
+        self.merged: list[tuple[int, int, int, int]] = []
         self._follow(jaxpr, 0)
         self.pairs = {  # two classes that are dims of one array
             pair
@@ -86,6 +90,25 @@ class DimClasses:
                     for variable, dim in _contracted(eqn)
                     if not isinstance(variable, core.Literal)
                 )
+                if eqn.primitive.name == "dot_general":
+                    self.products.append(self._product(eqn, call))
+                if eqn.primitive.name == "reshape" and isinstance(eqn.invars[0], core.Var):
+                    self.merged += self._merged(cast(Any, eqn.invars[0]), eqn.outvars[0], call)
+
+    def _product(self, eqn: core.JaxprEqn, call: int) -> tuple[list[int], int]:
+        operands = [cast(Any, v) for v in eqn.invars if not isinstance(v, core.Literal)]
+        numbers = [self._number(call, v, dim) for v in operands for dim in range(v.aval.ndim)]
+        ((contracted, _), _), left = eqn.params["dimension_numbers"], cast(Any, eqn.invars[0])
+        summed = math.prod(left.aval.shape[dim] for dim in contracted)
+        return numbers, summed * math.prod(cast(Any, eqn.outvars[0]).aval.shape)
+
+    def _merged(self, old: Any, new: Any, call: int) -> Iterator[tuple[int, int, int, int]]:
+        for ours, theirs in _reshape_groups(old.aval.shape, new.aval.shape):
+            for variable, dims, others in ((old, ours, theirs), (new, theirs, ours)):
+                if len(dims) > 1 and len(others) == 1:
+                    first, second = (self._number(call, variable, dim) for dim in dims[:2])
+                    sizes = [variable.aval.shape[dim] for dim in dims]
+                    yield first, second, sizes[0], math.prod(sizes)
 
     def _is_shared(self, body: core.Jaxpr) -> bool:
         """Whether something is declared in a body."""
@@ -216,17 +239,27 @@ def _scatter(numbers: Any, indices: Any, updates: Any, out: Any) -> _Passed:
 
 def _reshape(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The slowest dims of the groups that a reshape keeps apart: (8, 16, 4) → (8, 64) has two."""
+    return ((ours[0], theirs[0]) for ours, theirs in _reshape_groups(old, new))
+
+
+def _reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The dims before and after of each group that a reshape keeps apart, without those of 1."""
     i = j = 0
     while i < len(old) and j < len(new):
         if old[i] == 1 or new[j] == 1:
             i, j = i + (old[i] == 1), j + (new[j] == 1)
             continue
-        yield i, j
+        ours, theirs = [i], [j]
         a, b, i, j = old[i], new[j], i + 1, j + 1
         while a != b:
             if a < b and i < len(old):
+                ours.append(i)
                 a, i = a * old[i], i + 1
-            elif j < len(new):
+            elif b < a and j < len(new):
+                theirs.append(j)
                 b, j = b * new[j], j + 1
             else:
                 return
+        yield ours, theirs

@@ -10,6 +10,8 @@ from ..communication._ledger import Ledger, LedgerRow
 
 # A collective of up to 1 KiB costs its latency, whatever its dtype.
 SMALL = 1024
+# What `try_fixes` compiles: the layout of all other declarations, or that of the parameters.
+AGREE, FOLLOW = "agree", "follow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Finding:
         `source` computes), `"agree"` (the layout that all other declarations have), `"follow"` (the
         layout of the parameters for their moments), `"shard_map"` (the mode), `"end"` (one
         reduction per step) or `"owners"` (matrices of the optimizer).
+      declarations: those that cause it and that all others disagree with:
+        `PathRules["**/w"] of params/w`; () where no such one is known.
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 
@@ -44,6 +48,7 @@ class Finding:
     source: Source | None = None
     rows: tuple[int, ...] = ()
     alternatives: tuple[str, ...] = ()
+    declarations: tuple[str, ...] = ()
     remaining: int | None = None
 
     def __str__(self) -> str:

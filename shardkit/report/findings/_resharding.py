@@ -7,12 +7,10 @@ from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..communication._ledger import LedgerRow
 from ..hlo._hlo import parse_shapes
-from ._finding import SMALL, Finding, about_rows
+from ._finding import FOLLOW, SMALL, Finding, about_rows
 from ._messages import format_spec
 from ._row_axes import COMPUTING, row_axes
 from ._spec_mismatches import format_leaf
-
-FOLLOW = "follow"
 
 
 def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
@@ -20,7 +18,8 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
     groups: dict[tuple[tuple[str, ...], str, str], list[LedgerRow]] = {}
     declared, own = program.declared, row_axes(program)
     for number, row in enumerate(program.ledger):
-        if row.kind != "all-to-all" or number in claimed or row.by_optimizer:
+        moved = row.kind == "all-to-all" or _gathers_for_moments(row, program)
+        if not moved or number in claimed or row.by_optimizer:
             continue
         if "all_to_all" in row.op_name or row.payload_bytes <= SMALL:
             continue
@@ -50,6 +49,13 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             else "constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
             alternatives=(FOLLOW,) if moments else (),
         )
+
+
+def _gathers_for_moments(row: LedgerRow, program: Program) -> bool:
+    """Whether the update gathers what the parameters are split over and their moments are not."""
+    if row.kind != "all-gather" or row.phase != "update":
+        return False
+    return any({*row.axes} <= {*own.axes()} for own in program.own_layouts(row.axes).values())
 
 
 def _declarations(rows: Sequence[LedgerRow]) -> str:
