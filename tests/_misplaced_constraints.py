@@ -380,7 +380,7 @@ CONSTRAINTS = {
         finding="gradient_gather",
     ),
     "carry_of_a_recurrence": case(
-        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="activation_gather"
+        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="dim_gather"
     ),
     "constraint_in_a_derivative_rule": case(
         constraint_in_a_derivative_rule, square("a", "b", "c"), finding="activation_gather"

@@ -50,6 +50,7 @@ def check_source(name, report):
     first, true = avoidable(report), line_of(name)
     assert sum(cost.bytes for cost in report.by_source()) == report.ledger.total()
     sent = [finding for finding in report.findings if finding.rows]
+    assert all(finding.alternatives for finding in sent)  # each fix is code that can be tried
     if true is None:
         assert first.name == "the optimizer"
         return sent

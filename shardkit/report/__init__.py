@@ -15,10 +15,15 @@ from ._report import Report
 from ._saved import TickTable
 from .communication._axis_traffic import AxisTraffic
 from .communication._entries import PRODUCTS, find_readers
-from .communication._governing import GoverningConstraint, OddDeclaration, layouts_of_others
+from .communication._governing import (
+    GoverningConstraint,
+    OddDeclaration,
+    SplitDim,
+    layouts_of_others,
+)
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
-from .findings._finding import AGREE, FOLLOW, Finding
+from .findings._finding import AGREE, FOLLOW, MOVE, Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
 from .hlo._scope import scope_of
@@ -33,6 +38,7 @@ __all__ = [
     "FINDINGS",
     "FOLLOW",
     "MEMORY_CLASSES",
+    "MOVE",
     "PRODUCTS",
     "AxisKind",
     "AxisTraffic",
@@ -53,6 +59,7 @@ __all__ = [
     "Program",
     "Report",
     "Segment",
+    "SplitDim",
     "SplitPart",
     "TickTable",
     "Timeline",

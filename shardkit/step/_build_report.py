@@ -28,6 +28,7 @@ from ..parallel import Strategy
 from ..report import (
     AGREE,
     FOLLOW,
+    MOVE,
     Finding,
     OddDeclaration,
     PlacedLeaf,
@@ -52,6 +53,7 @@ _WORDS = {
     CONSTRAIN: "with this constraint",
     AGREE: "with this layout",
     FOLLOW: "with this layout",
+    MOVE: "with this layout",
     _TOGETHER: "with those of all such findings",
     "shard_map": 'with mode="shard_map"',
     "end": 'with reduce="end"',
@@ -91,7 +93,8 @@ def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout, program: Pr
     together = tuple(dict.fromkeys(name for names in at_odds for name in names))
     for finding in report.findings:
         tried = {}
-        places = {AGREE: finding.declarations, CONSTRAIN: finding.source, FOLLOW: finding.axes}
+        places = {MOVE: (finding.declarations, finding.source)}
+        places |= {AGREE: finding.declarations, CONSTRAIN: finding.source, FOLLOW: finding.axes}
         keys = [(name, places.get(name)) for name in finding.alternatives]
         keys += (
             [(_TOGETHER, together)] if (AGREE, together) not in keys and AGREE in dict(keys) else []
@@ -153,8 +156,10 @@ def _change(
         rule = _first({leaf: own.spec for leaf, own in moments.items()}, strategy.opt_state)
         return spec.replace(strategy=dataclasses.replace(strategy, opt_state=rule))
     loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
-    if alternative in (AGREE, _TOGETHER):
+    if alternative in (AGREE, _TOGETHER, MOVE):
         odd = [one for one in program.declared.odd if one.declared_by in place]
+        if alternative == MOVE:
+            odd = _split_at(finding, program)
         train = loss.train
         for one in (one for one in odd if not one.leaves):
             train = _respecified(train, one, bound.mesh)
@@ -164,6 +169,16 @@ def _change(
     fits = functools.partial(_makes_rows, source=finding.source, rows=layout.rows)
     train = _constrained(loss.train, fits, sharding)
     return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
+
+
+def _split_at(finding: Finding, program: Program) -> Sequence[OddDeclaration]:
+    """What a finding's fix changes so that another dim of its line is split."""
+    return next(
+        one.declarations
+        for one in program.declared.split_dims
+        if tuple(two.declared_by for two in one.declarations) == finding.declarations
+        and one.axis in finding.axes
+    )
 
 
 def _first(specs: Mapping[PlacedLeaf, PartitionSpec], rule: Rule | None) -> Rule:

@@ -11,10 +11,17 @@ from typing import Any, cast
 
 from jax.extend import core
 
-from .._core.equations import count_scan_operands
+from .._core.equations import count_scan_operands, source_of_equation
+from .._core.source import Source
 from .._core.tracing import equations
 
 _DROPPING = ("reduce_", "argm")
+# Operations that need all of a dim on each device, and the parameter that says which one.
+_WHOLE = {
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), "axis"),
+    "sort": "dimension",
+    "top_k": "axis",
+}
 _PIECES = frozenset("slice dynamic_slice concatenate pad".split())
 
 
@@ -34,6 +41,8 @@ class DimClasses:
         self._shared: dict[int, bool] = {}
         self._calls = 0
         self.contracted: list[tuple[int, core.JaxprEqn]] = []
+        # Dims that an operation takes together or needs whole, and the dims that it keeps.
+        self.needed: list[tuple[int, Source, list[int]]] = []
         self.products: list[tuple[list[int], int]] = []  # numbers of their dims, multiplications
         # Of each reshape (2, 8) ↔ 16: the numbers of 2 and 8, and the sizes 2 and 16.
         self.merged: list[tuple[int, int, int, int]] = []
@@ -74,13 +83,14 @@ class DimClasses:
             a, b = (self.root(self._number(*end)) for end in ends)
             self._parents[a] = b
 
-    def _follow(self, jaxpr: core.Jaxpr, call: int) -> None:
+    def _follow(self, jaxpr: core.Jaxpr, call: int, within: Source | None = None) -> None:
+        """Follows a jaxpr; what JAX traced before has the line of the call `within` which it is."""
         for eqn in jaxpr.eqns:
             bodies = list(core.jaxprs_in_params(eqn.params))
             for body in bodies:
                 inner = 0 if self._is_shared(body) else self._calls + 1
                 self._calls = max(self._calls, inner)
-                self._follow(body, inner)
+                self._follow(body, inner, source_of_equation(eqn) or within)
                 self._call(eqn, body, call, inner)
             if not bodies:
                 for one, other, pairs in _passed_on(eqn):
@@ -90,10 +100,28 @@ class DimClasses:
                     for variable, dim in _contracted(eqn)
                     if not isinstance(variable, core.Literal)
                 )
+                source = source_of_equation(eqn) or within
+                needed = self._needed(eqn, call) if source else ()
+                self.needed += ((dim, source, kept) for dim, kept in needed if source)
                 if eqn.primitive.name == "dot_general":
                     self.products.append(self._product(eqn, call))
                 if eqn.primitive.name == "reshape" and isinstance(eqn.invars[0], core.Var):
                     self.merged += self._merged(cast(Any, eqn.invars[0]), eqn.outvars[0], call)
+
+    def _needed(self, eqn: core.JaxprEqn, call: int) -> Iterator[tuple[int, list[int]]]:
+        if not eqn.invars or isinstance(eqn.invars[0], core.Literal):
+            return
+        array, name, params = cast(Any, eqn.invars[0]), eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            dims, keeping = params["dimension_numbers"][0][0], cast(Any, eqn.outvars[0])
+        elif name in _WHOLE:
+            dims, keeping = [params.get(_WHOLE[name], -1) % array.aval.ndim], array
+        else:
+            return
+        for dim in dims:
+            left = (i for i in range(keeping.aval.ndim) if keeping is not array or i != dim)
+            kept = [self._number(call, keeping, i) for i in left]
+            yield self._number(call, array, dim), kept
 
     def _product(self, eqn: core.JaxprEqn, call: int) -> tuple[list[int], int]:
         operands = [cast(Any, v) for v in eqn.invars if not isinstance(v, core.Literal)]
@@ -128,6 +156,13 @@ class DimClasses:
             inputs = body.invars[fixed : fixed + carried]
             for one, other in zip(inputs, body.outvars[:carried], strict=True):
                 self._join(one, other, _last_dims(one, other), inner)
+            if source := source_of_equation(eqn):
+                for array in cast(Sequence[Any], eqn.invars[fixed + carried :]):
+                    if not isinstance(array, core.Literal):
+                        first, *kept = (
+                            self._number(call, array, i) for i in range(array.aval.ndim)
+                        )
+                        self.needed.append((first, source, kept))
 
 
 def _contracted(eqn: core.JaxprEqn) -> Iterator[tuple[Any, int]]:

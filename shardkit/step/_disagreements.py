@@ -14,6 +14,7 @@ so the partitioner moves arrays over `tensor` because of it, wherever it moves t
 """
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, cast
 from jax.extend import core
 
 from .._core.equations import source_of_equation
+from .._core.source import Source
 from ._dim_classes import DimClasses
 
 Axes = tuple[str, ...]
@@ -30,6 +32,26 @@ Declared = tuple[Hashable, Any, Sequence[Axes | None]]
 Sides = tuple[set[Hashable], set[Hashable]]
 Group = frozenset[Hashable]
 """Declarations that can only be wrong together: one, or those of leaves of one rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitClass:
+    """A dim that an operation takes together or needs whole, and that is split over an axis.
+
+    Attributes:
+      source: the operation's line.
+      axis: the mesh axis.
+      root: the dim's class.
+      users: the declarations that split it.
+      kept: classes of other dims of the operation that nothing splits.
+    """
+
+    source: Source
+    axis: str
+    root: int
+    users: Group
+    kept: tuple[int, ...]
+
 
 _MUCH = 16
 _FEW = 4  # declarations that are wrong at once
@@ -180,6 +202,21 @@ class Disagreements:
     def axes(self) -> tuple[str, ...]:
         """The mesh axes over which declarations may be in conflict."""
         return (*self._conflicts,)
+
+    def find_split(self) -> Iterator[SplitClass]:
+        """Yields the dims that operations take together or need whole, over each axis of theirs."""
+        for number, source, kept in self._classes.needed:
+            root = self._classes.root(number)
+            others = dict.fromkeys(self._classes.root(one) for one in kept)
+            split = {one for (one, _), users in self._split.items() if users}
+            free = tuple(one for one in others if one not in split)
+            for axis in self._conflicts:
+                if users := self._users(root, axis, frozenset()):
+                    yield SplitClass(source, axis, root, frozenset(users), free)
+
+    def classes_of(self, variable: Any, dims: Sequence[Axes | None]) -> list[int]:
+        """The class of each dim of a declared variable."""
+        return [self._classes.find(variable, dim) for dim in range(len(dims))]
 
     def splits(self, group: Group, axis: str) -> bool:
         """Whether a declaration splits over an axis what another one says is not split so."""

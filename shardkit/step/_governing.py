@@ -12,10 +12,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._core.equations import is_written_in, name_derivative_rule, source_of_equation
 from .._core.scope_markers import OF_THE_STEP
 from ..nn._constrain import constrain_p
-from ..report import PRODUCTS, GoverningConstraint, OddDeclaration, PlacedLeaf, find_readers
+from ..report import (
+    PRODUCTS,
+    GoverningConstraint,
+    OddDeclaration,
+    PlacedLeaf,
+    SplitDim,
+    find_readers,
+)
 from ..rules import axes_of
 from ._activations import Activations
 from ._disagreements import Declared, Disagreements, Group
+from ._split_dims import Declaration, find_split_dims
 
 # Operations that compute each element of their result from one element of each operand.
 _ELEMENTWISE = frozenset(
@@ -37,12 +45,12 @@ def find_governing_constraints(
     activations: Activations,
     placed: Sequence[PlacedLeaf],
     rows: Collection[str],
-) -> tuple[list[GoverningConstraint], list[OddDeclaration]]:
+) -> tuple[list[GoverningConstraint], list[OddDeclaration], list[SplitDim]]:
     """Returns each constraint of a traced step with the lines before it that it governs.
 
     Those are the element-wise operations that its array comes from, and the operation before these.
     Beside them the constraints, and the layouts of leaves, that all other declarations disagree
-    with. `placed` are the step's arguments, in their order.
+    with, and the dims that operations need whole. `placed` are the step's arguments, in order.
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
@@ -65,12 +73,16 @@ def find_governing_constraints(
         *_odd_leaves(disagreements, suspects, wrong, jaxpr),
     ]
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
-    return [
-        one
-        for line, (one, *_, backward) in zip(lines, found, strict=True)
-        # The backward pass repeats constraints for cotangents, which come from other lines.
-        if not backward or line not in forward
-    ], odd
+    return (
+        [
+            one
+            for line, (one, *_, backward) in zip(lines, found, strict=True)
+            # The backward pass repeats constraints for cotangents, which come from other lines.
+            if not backward or line not in forward
+        ],
+        odd,
+        list(find_split_dims(disagreements, suspects.declarations())),
+    )
 
 
 class _Suspects:
@@ -96,6 +108,23 @@ class _Suspects:
                 rule = *rule, re.sub(r"\d+", "", leaf.leaf.path)
             of_rules.setdefault(rule, {})[who] = None
         self.units = {who: frozenset(whose) for whose in of_rules.values() for who in whose}
+
+    def declarations(self) -> dict[Hashable, Declaration]:
+        """All of them, with what can be said otherwise."""
+        constraints = {
+            line: Declaration(f"the constraint at {one.source}", variable, dims, source=one.source)
+            for line, (one, variable, dims, _) in self.constraints.items()
+        }
+        leaves = {
+            who: Declaration(
+                f"{leaf.declared_by} of {leaf.name}",
+                variable,
+                leaf.dims(),
+                tuple(one for one, _ in self.leaves[who]),
+            )
+            for who, ((leaf, variable), *_) in self.leaves.items()
+        }
+        return constraints | leaves
 
     def over(self, who: Hashable) -> set[str]:
         """The axes that a leaf brings in."""

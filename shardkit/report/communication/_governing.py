@@ -114,6 +114,22 @@ class OddDeclaration:
         return tuple(dims)
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitDim:
+    """A dim that an operation needs whole, or sums over devices.
+
+    Attributes:
+      source: the operation's line.
+      axis: the mesh axis that splits it.
+      declarations: all that split it so, each with a layout of its own in which the axis splits
+        another dim of the operation, or none.
+    """
+
+    source: Source
+    axis: str
+    declarations: tuple[OddDeclaration, ...]
+
+
 def layouts_of_others(
     declarations: Iterable[OddDeclaration], sizes: Mapping[str, int]
 ) -> dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]]:

@@ -10,8 +10,9 @@ from ..communication._ledger import Ledger, LedgerRow
 
 # A collective of up to 1 KiB costs its latency, whatever its dtype.
 SMALL = 1024
-# What `try_fixes` compiles: the layout of all other declarations, or that of the parameters.
-AGREE, FOLLOW = "agree", "follow"
+# What `try_fixes` compiles: the layout of all other declarations, that of the parameters, or one
+# that splits another dim.
+AGREE, FOLLOW, MOVE = "agree", "follow", "move"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Finding:
         `source` computes), `"agree"` (the layout that all other declarations have), `"follow"` (the
         layout of the parameters for their moments), `"shard_map"` (the mode), `"end"` (one
         reduction per step) or `"owners"` (matrices of the optimizer).
-      declarations: those that cause it and that all others disagree with:
-        `PathRules["**/w"] of params/w`; () where no such one is known.
+      declarations: those that the fix changes, `PathRules["**/w"] of params/w`: which all others
+        disagree with, or, of `"move"`, which split a dim that an operation needs; else ().
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 

@@ -1,6 +1,7 @@
 """What to change where all other declarations disagree with one: that one, to their layout."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -10,13 +11,13 @@ from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..communication._governing import OddDeclaration, layouts_of_others
 from ..communication._ledger import Ledger
-from ._finding import AGREE, Finding, bytes_by_source
+from ._finding import AGREE, MOVE, Finding, bytes_by_source
 from ._messages import format_spec
 
 # What says of an array that it is moved, or kept whole, and not what to do with both its layouts.
 _KINDS = frozenset(
     """parameter_gather resharding dim_gather product_gather activation_gather gradient_gather
-    stored_contraction split_contraction replicated_activation""".split()
+    stored_contraction split_contraction spec_mismatch replicated_activation""".split()
 )
 _WHY = "which all other declarations agree with"
 
@@ -27,7 +28,7 @@ def correct_declarations(program: Program, findings: Iterable[Finding]) -> Itera
     for finding in findings:
         odd = _find_blamed(finding, program.ledger, program.declared.odd)
         if odd is None:
-            yield finding
+            yield _with_another_dim(finding, program)
         elif finding.rows:
             caused.setdefault(odd.together, []).append((finding, odd))
         else:  # what it keeps in memory
@@ -49,6 +50,28 @@ def _with_layouts(finding: Finding, odd: Sequence[OddDeclaration], program: Prog
         fix=f"{' and '.join(_suggest_layouts(odd, program))}, {_WHY}",
         alternatives=(AGREE,),
         declarations=tuple(name for one in odd for name in one.together),
+    )
+
+
+def _with_another_dim(finding: Finding, program: Program) -> Finding:
+    """The finding; of a dim that an operation of its line needs, with what splits another one."""
+    if finding.kind not in _KINDS or finding.source is None or not finding.rows:
+        return finding
+    line = finding.source.file, finding.source.line
+    split = [
+        one
+        for one in program.declared.split_dims
+        if (one.source.file, one.source.line) == line and one.axis in finding.axes
+    ]
+    if not split:
+        return finding
+    of = max(split, key=lambda one: sum(math.prod(d.shape) for d in one.declarations))
+    return dataclasses.replace(
+        finding,
+        fix=f"{' and '.join(_suggest_layouts(of.declarations, program))}, so that what is "
+        f"computed at {finding.source} has all of the dim that {of.axis} splits",
+        alternatives=(MOVE,),
+        declarations=tuple(one.declared_by for one in of.declarations),
     )
 
 
@@ -97,7 +120,7 @@ def _find_blamed(
         # What is kept in the layout that a constraint forces is of no collective.
         if (odd.declared_by in declared or not (finding.rows or odd.leaves))
         and (odd.source == finding.source or odd.leaves)
-        and odd.axes & {*finding.axes}
+        and (odd.axes & {*finding.axes} or not odd.leaves)
     ]
     return max(named, key=lambda odd: declared[odd.declared_by], default=None)
 
