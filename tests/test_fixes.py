@@ -399,11 +399,15 @@ def test_moments_without_a_rule_of_their_own_follow_their_parameter():
         )
 
     whole, following = compile(opt_state=sk.REPLICATED), compile()
-    (mu, nu) = found(whole, "replicated_optimizer_state")
-    assert (mu.leaf, nu.leaf) == ("opt_state/0/mu/w", "opt_state/0/nu/w")
-    assert mu.bytes == 64 * 64 * 4 * 3 // 4
+    (moments,) = found(whole, "replicated_optimizer_state")
+    assert moments.leaf == "opt_state/0/mu/w"
+    assert "f32[64,64] and 1 more like it, by REPLICATED, so that" in moments.why
+    assert moments.bytes == 2 * 64 * 64 * 4 * 3 // 4
     assert not found(following, "replicated_optimizer_state")
     sent = [step.report().ledger.total() for step in (whole, following)]
+    tried = whole.report(try_fixes=True).findings
+    assert {one.remaining for one in tried} == {sent[1]}
+    assert [one.kind for one in tried] == ["resharding", "replicated_optimizer_state"]
     assert sent[0] > 2 * sent[1]
 
 

@@ -1,6 +1,7 @@
 """What a step sends, grouped by the line of the user's code that causes it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -134,10 +135,13 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
     A collective of arrays of several lines is divided among them in proportion to the arrays.
     """
     lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
-    for row, share in zip(ledger, named_shares(ledger, findings), strict=True):
+    at = {number: one.source for one in reversed(findings) for number in one.rows}
+    shares = named_shares(ledger, findings)
+    for number, (row, share) in enumerate(zip(ledger, shares, strict=True)):
         named = row.wire_bytes * share
-        # Findings are about what has a line before what is combined with it.
-        for source, part in sorted(_divide_row(row), key=lambda one: one[0] is None):
+        # Findings are about arrays of their line before others that are combined with these.
+        order = functools.partial(_is_beside, at.get(number))
+        for source, part in sorted(_divide_row(row), key=lambda one: order(one[0])):
             unknown = OPTIMIZER if row.phase == "update" else UNKNOWN
             key = (source.file, source.line) if source else (unknown, 0)
             lines.setdefault(key, []).append((source, part, min(part.bytes, named)))
@@ -153,6 +157,13 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
             SourceCost(source, str(source) if source else name, total, round(named), parts)
         )
     return BySource(tuple(sorted(costs, key=_rank)))
+
+
+def _is_beside(line: Source | None, source: Source | None) -> tuple[bool, bool]:
+    """Whether an array is of another line than a finding's; without one it comes last."""
+    if line is None or source is None:
+        return True, source is None
+    return (line.file, line.line) != (source.file, source.line), False
 
 
 def _rank(cost: SourceCost) -> tuple[int, int]:

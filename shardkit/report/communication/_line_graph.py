@@ -1,7 +1,7 @@
 """`LineGraph`: how far two lines of a traced step are apart, along the arrays that pass them."""
 
 import collections
-from collections.abc import Hashable, Iterable, MutableMapping
+from collections.abc import Hashable, Iterable
 
 from jax.extend import core
 
@@ -52,7 +52,7 @@ class LineGraph:
                 waiting.append(other)
         return distances
 
-    def _follow(self, jaxpr: core.Jaxpr, made: MutableMapping[core.Var, Hashable]) -> None:
+    def _follow(self, jaxpr: core.Jaxpr, made: dict[core.Var, Hashable]) -> None:
         """Adds the operations of a jaxpr; `made` has the nodes that compute its arrays."""
         for eqn in jaxpr.eqns:
             bodies = list(core.jaxprs_in_params(eqn.params))

@@ -67,10 +67,21 @@ def named_shares(ledger: Ledger, findings: Sequence[Finding]) -> list[float]:
     """Share of each row of the ledger that findings are about, at most 1."""
     shares = [0.0] * len(ledger)
     for finding in findings:
-        wire = sum(ledger[number].wire_bytes for number in finding.rows)
-        for number in finding.rows if wire else ():
-            shares[number] = min(1.0, shares[number] + finding.bytes / wire)
+        sent = {n: ledger[n].wire_bytes * _declared_share(ledger[n], finding) for n in finding.rows}
+        for number, size in sent.items():
+            own = (
+                size / ledger[number].wire_bytes * finding.bytes / sum(sent.values()) if size else 0
+            )
+            shares[number] = min(1.0, shares[number] + own)
     return shares
+
+
+def _declared_share(row: LedgerRow, finding: Finding) -> float:
+    """Share of a row in the arrays that a finding's declarations cause; 1 where it has none."""
+    sizes = row.operand_bytes
+    parts = zip(sizes, row.ends, strict=True) if AGREE in finding.alternatives and row.ends else ()
+    caused = sum(size for size, end in parts if end.declared_by in finding.declarations)
+    return caused / sum(sizes) if caused else 1.0
 
 
 def bytes_by_source(rows: Iterable[tuple[LedgerRow, float]]) -> dict[Source, float]:

@@ -38,8 +38,13 @@ def find_findings(program: Program) -> tuple[Finding, ...]:
     findings = [finding for search in _SEARCHES.values() for finding in search(program)]
     findings += find_of_other_rows(program, findings)
     findings = list(correct_declarations(program, findings))
-    certain = {AGREE, FOLLOW}
-    return tuple(sorted(findings, key=lambda one: (not certain & {*one.alternatives}, -one.bytes)))
+    return tuple(sorted(findings, key=lambda one: (not _is_certain(one), -one.bytes)))
+
+
+def _is_certain(finding: Finding) -> bool:
+    """Whether all other declarations, or those of the parameters, disagree with what it sends."""
+    memory = not finding.rows and FOLLOW in finding.alternatives
+    return bool({AGREE, FOLLOW} & {*finding.alternatives}) and not memory
 
 
 def _unaliased_donation(program: Program) -> Iterator[Finding]:

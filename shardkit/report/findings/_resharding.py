@@ -13,6 +13,9 @@ from ._row_axes import COMPUTING, row_axes
 from ._spec_mismatches import format_leaf
 
 
+_MOVED = {"all-to-all": "resharded from one dim to another", "all-gather": "gathered whole"}
+
+
 def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
     """Activations that all-to-alls reshard from one dim to another, by line of code."""
     groups: dict[tuple[tuple[str, ...], str, str], list[LedgerRow]] = {}
@@ -40,7 +43,7 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
             **about_rows(program.ledger, rows),
-            why=f"{times}{rows[0].operands[0]} is resharded from one dim to another over "
+            why=f"{times}{rows[0].operands[0]} is {_MOVED[rows[0].kind]} over "
             f"{', '.join(axes)}: "
             + (specs or "its producer and its consumer are split differently")
             + _declarations(rows),
