@@ -242,7 +242,7 @@ def test_text_without_lines_says_that_none_is_named():
     bare = TABLES % {"first": 1, "second": 2, "other": 4}
     bare = bare[: bare.index("FileNames")] + bare[bare.index("ENTRY") :]
     text = str(group_by_source(sk.report.read_ledger(bare, [("data", 2)])))
-    assert "unknown: the compiled program names no line of your code for these" in text
+    assert "unknown  (the compiled program names no line of your code for these)" in text
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (0, 1)], ids=["from one", "from zero"])
@@ -325,6 +325,16 @@ def test_a_file_that_is_gone_or_has_changed_has_no_code(tmp_path, monkeypatch):
     module.unlink()
     linecache.clearcache()
     assert read_line(str(module), 2) == ""
+
+
+def test_a_line_without_code_says_why():
+    report = compile_case("shifted_rows").report()
+    gone = dataclasses.replace(report.ledger[0].source, code="")
+    rows = tuple(dataclasses.replace(row, sources=(gone,)) for row in report.ledger[:1])
+    lines = group_by_source(dataclasses.replace(report.ledger, rows=rows))
+    said = "(the file is not at hand, or has changed since it was imported)"
+    assert f"{gone}  {said}" in " ".join(str(lines).split("\n"))
+    assert said in lines._repr_html_()
 
 
 def test_a_report_keeps_its_sources_as_json():

@@ -15,7 +15,8 @@ from .findings._finding import SMALL, Finding, named_shares
 
 _PARTS = 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
-_WHY_UNKNOWN = ": the compiled program names no line of your code for these"
+_WHY_UNKNOWN = "(the compiled program names no line of your code for these)"
+_NO_CODE = "(the file is not at hand, or has changed since it was imported)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,13 @@ class SourceCost:
     bytes: int
     in_findings: int
     parts: tuple["SourcePart", ...]
+
+    @property
+    def code(self) -> str:
+        """The line's text, or why there is none."""
+        if self.name == UNKNOWN:
+            return _WHY_UNKNOWN
+        return (self.source.code or _NO_CODE) if self.source else ""
 
     def part_cells(self) -> Iterator[tuple[str, str, str]]:
         """Bytes, collective and reason of each part as text; those that read the same are one."""
@@ -106,10 +114,9 @@ class BySource(Sequence[SourceCost]):
         return f"BySource({count(len(self), 'line')}, {total} sent)"
 
     def _repr_html_(self) -> str:
-        code = [(cost.source.code if cost.source else "", cost) for cost in self.costs]
         rows = [
-            (cost.name, format_bytes(cost.bytes), format_bytes(cost.in_findings), text)
-            for text, cost in code
+            (cost.name, format_bytes(cost.bytes), format_bytes(cost.in_findings), cost.code)
+            for cost in self.costs
         ]
         sizes = (Column("sent", right=True), Column("in findings", right=True))
         return notebook_html(repr(self), Table(["source", *sizes, "code"], rows))
@@ -120,10 +127,10 @@ class BySource(Sequence[SourceCost]):
         parts: list[str] = [f"Sent per step by source line: {format_bytes(total)}"]
         for cost in self.costs:
             share = f"{cost.bytes / total:.0%}" if total else "0%"
-            code = f"  {cost.source.code}" if cost.source and cost.source.code else ""
-            code = _WHY_UNKNOWN if cost.name == UNKNOWN else code
             beyond = f", {format_bytes(cost.in_findings)} in findings" if cost.in_findings else ""
-            parts += [f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}{code}"]
+            parts += [
+                f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}  {cost.code}".rstrip()
+            ]
             columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
             parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(text_width()))
         return "\n".join(parts)

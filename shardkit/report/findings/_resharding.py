@@ -12,7 +12,6 @@ from ._messages import format_spec
 from ._row_axes import COMPUTING, row_axes
 from ._spec_mismatches import format_leaf
 
-
 _MOVED = {"all-to-all": "resharded from one dim to another", "all-gather": "gathered whole"}
 
 
