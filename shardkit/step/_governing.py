@@ -23,7 +23,7 @@ from ..report import (
 from ..rules import axes_of
 from ._activations import Activations
 from ._disagreements import Declared, Disagreements, Group
-from ._split_dims import Declaration, find_split_dims
+from ._split_dims import DeclaredLayout, find_split_dims
 
 # Operations that compute each element of their result from one element of each operand.
 _ELEMENTWISE = frozenset(
@@ -109,14 +109,16 @@ class _Suspects:
             of_rules.setdefault(rule, {})[who] = None
         self.units = {who: frozenset(whose) for whose in of_rules.values() for who in whose}
 
-    def declarations(self) -> dict[Hashable, Declaration]:
+    def declarations(self) -> dict[Hashable, DeclaredLayout]:
         """All of them, with what can be said otherwise."""
         constraints = {
-            line: Declaration(f"the constraint at {one.source}", variable, dims, source=one.source)
+            line: DeclaredLayout(
+                f"the constraint at {one.source}", variable, dims, source=one.source
+            )
             for line, (one, variable, dims, _) in self.constraints.items()
         }
         leaves = {
-            who: Declaration(
+            who: DeclaredLayout(
                 f"{leaf.declared_by} of {leaf.name}",
                 variable,
                 leaf.dims(),

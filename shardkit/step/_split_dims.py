@@ -17,7 +17,7 @@ from ..report import OddDeclaration, PlacedLeaf, SplitDim
 from ._disagreements import Axes, Disagreements, SplitClass
 
 
-class Declaration(NamedTuple):
+class DeclaredLayout(NamedTuple):
     """What a constraint, or the rule of leaves, says of an array.
 
     Attributes:
@@ -48,7 +48,7 @@ class Declaration(NamedTuple):
 
 
 def find_split_dims(
-    disagreements: Disagreements, declarations: Mapping[Any, Declaration]
+    disagreements: Disagreements, declarations: Mapping[Any, DeclaredLayout]
 ) -> Iterator[SplitDim]:
     """Yields the split dims of each line, with another layout of all that split them."""
     for split in disagreements.find_split():
