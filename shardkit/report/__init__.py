@@ -26,6 +26,7 @@ from .communication._minimum import Minimum
 from .findings._finding import AGREE, FOLLOW, MOVE, Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
+from .findings._odd_declarations import find_split_dim
 from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
@@ -69,6 +70,7 @@ __all__ = [
     "find_batch_axes",
     "find_profile",
     "find_readers",
+    "find_split_dim",
     "layouts_of_others",
     "model_time",
     "read_ledger",

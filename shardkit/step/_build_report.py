@@ -34,6 +34,7 @@ from ..report import (
     PlacedLeaf,
     Program,
     Report,
+    find_split_dim,
     layouts_of_others,
 )
 from ..rules import PathRules, Rule, first_match
@@ -159,7 +160,8 @@ def _change(
     if alternative in (AGREE, _TOGETHER, MOVE):
         odd = [one for one in program.declared.odd if one.declared_by in place]
         if alternative == MOVE:
-            odd = _split_at(finding, program)
+            split = find_split_dim(finding, program.declared.split_dims)
+            odd = [*split.declarations] if split else []
         train = loss.train
         for one in (one for one in odd if not one.leaves):
             train = _respecified(train, one, bound.mesh)
@@ -169,16 +171,6 @@ def _change(
     fits = functools.partial(_makes_rows, source=finding.source, rows=layout.rows)
     train = _constrained(loss.train, fits, sharding)
     return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
-
-
-def _split_at(finding: Finding, program: Program) -> Sequence[OddDeclaration]:
-    """What a finding's fix changes so that another dim of its line is split."""
-    return next(
-        one.declarations
-        for one in program.declared.split_dims
-        if tuple(two.declared_by for two in one.declarations) == finding.declarations
-        and one.axis in finding.axes
-    )
 
 
 def _first(specs: Mapping[PlacedLeaf, PartitionSpec], rule: Rule | None) -> Rule:

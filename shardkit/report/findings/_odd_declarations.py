@@ -9,7 +9,7 @@ from ..._core.source import Source
 from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
-from ..communication._governing import OddDeclaration, layouts_of_others
+from ..communication._governing import OddDeclaration, SplitDim, layouts_of_others
 from ..communication._ledger import Ledger
 from ._finding import AGREE, MOVE, Finding, bytes_by_source
 from ._messages import format_spec
@@ -55,17 +55,9 @@ def _with_layouts(finding: Finding, odd: Sequence[OddDeclaration], program: Prog
 
 def _with_another_dim(finding: Finding, program: Program) -> Finding:
     """The finding; of a dim that an operation of its line needs, with what splits another one."""
-    if finding.kind not in _KINDS or finding.source is None or not finding.rows:
+    of = find_split_dim(finding, program.declared.split_dims)
+    if of is None or finding.kind not in _KINDS or not finding.rows:
         return finding
-    line = finding.source.file, finding.source.line
-    split = [
-        one
-        for one in program.declared.split_dims
-        if (one.source.file, one.source.line) == line and one.axis in finding.axes
-    ]
-    if not split:
-        return finding
-    of = max(split, key=lambda one: sum(math.prod(d.shape) for d in one.declarations))
     return dataclasses.replace(
         finding,
         fix=f"{' and '.join(_suggest_layouts(of.declarations, program))}, so that what is "
@@ -73,6 +65,19 @@ def _with_another_dim(finding: Finding, program: Program) -> Finding:
         alternatives=(MOVE,),
         declarations=tuple(one.declared_by for one in of.declarations),
     )
+
+
+def find_split_dim(finding: Finding, split_dims: Iterable[SplitDim]) -> SplitDim | None:
+    """The dim of the largest arrays, of those that an operation of a finding's line needs whole."""
+    at = finding.source
+    line = at and (at.file, at.line)
+    split = (
+        one
+        for one in split_dims
+        if (one.source.file, one.source.line) == line and one.axis in finding.axes
+    )
+    sizes = {one: sum(math.prod(of.shape) for of in one.declarations) for one in split}
+    return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def _find_line(finding: Finding, odd: OddDeclaration, program: Program) -> Source:
