@@ -449,7 +449,6 @@ CONSTRAINTS = {
         BY_HEADS,
         LONG,
         finding="activation_gather",
-        later="parameter_gather",
     ),
     "transposed_logits": case(transposed_logits, HEAD, batch=LONG, finding="activation_gather"),
     "shard_map_by_columns": case(shard_map_by_columns, HEAD, finding="gradient_gather"),

@@ -61,22 +61,24 @@ def _with_another_dim(finding: Finding, program: Program) -> Finding:
     return dataclasses.replace(
         finding,
         fix=f"{' and '.join(_suggest_layouts(of.declarations, program))}, so that what is "
-        f"computed at {finding.source} has all of the dim that {of.axis} splits",
+        f"computed at {of.source} has all of the dim that {of.axis} splits",
         alternatives=(MOVE,),
         declarations=tuple(one.declared_by for one in of.declarations),
     )
 
 
 def find_split_dim(finding: Finding, split_dims: Iterable[SplitDim]) -> SplitDim | None:
-    """The dim of the largest arrays, of those that an operation of a finding's line needs whole."""
+    """The dim of the largest arrays, of those that an operation of a finding's line needs whole.
+
+    Compilers can give a gather the line before. So it is the only one of the step, too.
+    """
     at = finding.source
     line = at and (at.file, at.line)
-    split = (
-        one
-        for one in split_dims
-        if (one.source.file, one.source.line) == line and one.axis in finding.axes
-    )
-    sizes = {one: sum(math.prod(of.shape) for of in one.declarations) for one in split}
+    split = [one for one in split_dims if one.axis in finding.axes]
+    here = [one for one in split if (one.source.file, one.source.line) == line]
+    if not here and len({(one.source, one.declarations) for one in split}) == 1:
+        here = split
+    sizes = {one: sum(math.prod(of.shape) for of in one.declarations) for one in here}
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
