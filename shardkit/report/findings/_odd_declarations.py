@@ -56,7 +56,8 @@ def _with_layouts(finding: Finding, odd: Sequence[OddDeclaration], program: Prog
 def _with_another_dim(finding: Finding, program: Program) -> Finding:
     """The finding; of a dim that an operation of its line needs, with what splits another one."""
     of = find_split_dim(finding, program.declared.split_dims)
-    if of is None or finding.kind not in _KINDS or not finding.rows:
+    tried = finding.alternatives or not finding.rows or finding.kind not in _KINDS
+    if of is None or tried:
         return finding
     return dataclasses.replace(
         finding,
