@@ -150,14 +150,14 @@ CASES = {
         two_column_products,
         square("a", "b"),
         {"*": P(None, "tensor")},
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "nothing_after_attention": Case(
         nothing_after_attention,
         square("q", "out"),
         {"q": P(None, "tensor"), "out": P(None, "tensor")},
         {"x": SEQUENCES},
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "loss_that_gathers_logits": Case(
         loss_that_gathers_logits,
@@ -199,14 +199,14 @@ CASES = {
         {},
         {"up/kernel": P(None, "tensor"), "down/kernel": P(None, "tensor")},
         init=lambda key: Mlp().init(key, X)["params"],
-        finding="product_gather",
+        finding="split_contraction",
     ),
     "nnx_down": Case(
         nnx_down,
         {},
         {"**/kernel/**": P(None, "tensor")},
         init=lambda key: nnx.split(Block(nnx.Rngs(key)), nnx.Param)[1],
-        finding="product_gather",
+        finding="split_contraction",
     ),
 }
 
@@ -421,7 +421,7 @@ STRANGERS = {
         vmapped_linear,
         square("one", "two"),
         {"*": P("tensor", None)},
-        finding="product_gather",
+        finding="split_contraction",
     ),
 }
 

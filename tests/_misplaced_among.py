@@ -273,8 +273,8 @@ AMONG = {
         declared_by='PathRules["down"] of params/down',
         init=_learned,
         model_state=sk.PathRules(_COLUMNS),
-        mended={"rules": PAIR},
-        finding="product_gather",
+        mended={"rules": PAIR, "model_state": sk.PathRules(PAIR)},
+        finding="split_contraction",
     ),
     "scale_and_offset": odd_case(
         first_rule(norm__offset="P(None)", norm__scale="P(None)"),
@@ -326,6 +326,6 @@ AMONG = {
         {"**/kernel": COLUMN},
         declared_by='PathRules["**/kernel"] of params/layers/0/down/kernel',
         mended={"rules": {**_ROWS_OF, "**/kernel": COLUMN}},
-        finding="product_gather",
+        finding="split_contraction",
     ),
 }

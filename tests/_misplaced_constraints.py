@@ -380,7 +380,7 @@ CONSTRAINTS = {
         finding="gradient_gather",
     ),
     "carry_of_a_recurrence": case(
-        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="activation_gather"
+        carry_of_a_recurrence, square("h", "x"), batch=LONG, finding="dim_gather"
     ),
     "constraint_in_a_derivative_rule": case(
         constraint_in_a_derivative_rule, square("a", "b", "c"), finding="activation_gather"
@@ -402,6 +402,7 @@ CONSTRAINTS = {
         LONG,
         opt_state=sk.PathRules({"**/up": P("data", None), "**": sk.REPLICATED}),
         by="",
+        finding="resharding",
     ),
     "middle_contraction": case(
         middle_contraction,
@@ -448,7 +449,6 @@ CONSTRAINTS = {
         BY_HEADS,
         LONG,
         finding="activation_gather",
-        later="parameter_gather",
     ),
     "transposed_logits": case(transposed_logits, HEAD, batch=LONG, finding="activation_gather"),
     "shard_map_by_columns": case(shard_map_by_columns, HEAD, finding="gradient_gather"),

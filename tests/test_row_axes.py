@@ -159,12 +159,15 @@ def test_a_second_weight_split_by_columns_gathers_what_the_first_one_made(right)
         assert report.ledger.total("tensor") < 3 * 4 * 32 * 64
         return
     (finding,) = report.findings
-    assert (finding.kind, finding.axes) == ("product_gather", ("tensor",))
+    assert (finding.kind, finding.axes) == ("split_contraction", ("tensor",))
+    assert "; beside it product_gather, 6.00 KiB" in finding.why
     if jax.__version__.startswith("0.10."):  # later programs gather next to the first product
         assert finding.source.code.endswith("# the second product")
     rule = "params=sk.first_match(sk.PathRules({\"b\": P('tensor', None)}), strategy.params)"
     assert finding.fix.startswith(rule)  # what `right` is
-    assert finding.bytes == 3 * 4 * 32 * 64 // 4
+    gathered = 3 * 4 * 32 * 64 // 4
+    summed = 2 * gathered  # the gradient of what the first product made
+    assert finding.bytes == gathered + summed + 2 * 3 * 4 // 4  # and a scalar's sum
 
 
 def test_reductions_of_each_micro_batch_are_tried_at_the_end():

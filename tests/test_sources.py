@@ -6,6 +6,7 @@ import json
 import linecache
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit._core.source import Frame, choose_source, read_line
-from shardkit._core.tree import Leaf
+from shardkit._core.tree import Leaf, format_bytes
 from shardkit.report import PlacedLeaf, Report, find_batch_axes
 from shardkit.report._by_source import group_by_source
 from shardkit.report.hlo._hlo import parse
@@ -27,6 +28,7 @@ from ._misplaced_among import AMONG
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
 from ._misplaced_rules import ODD as RULES
+from ._misplaced_two import TWO
 from ._quick import some_quick
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -48,6 +50,7 @@ def check_source(name, report):
     first, true = avoidable(report), line_of(name)
     assert sum(cost.bytes for cost in report.by_source()) == report.ledger.total()
     sent = [finding for finding in report.findings if finding.rows]
+    assert all(finding.alternatives for finding in sent)  # each fix is code that can be tried
     if true is None:
         assert first.name == "the optimizer"
         return sent
@@ -100,6 +103,29 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     after = spec.compile(mesh.build()).report()
     assert first.remaining == after.ledger.total() < report.ledger.total()
     assert not any(odd.misplaced.finding == one.kind for one in after.findings)
+
+
+@pytest.mark.parametrize("name", some_quick(TWO, *list(TWO)[::3]))
+def test_two_misplaced_declarations_are_told_apart(name):
+    """Each has a finding of its own, and both layouts are compiled, one by one and together."""
+    pair = TWO[name]
+    spec, mesh = declare("", pair.both)
+    report = spec.compile(mesh.build()).report(try_fixes=True)
+    found = [one for one in report.findings if one.declarations]
+    named = [tuple(re.sub(r":\d+ in .*", "", text) for text in one.declarations) for one in found]
+    assert tuple(named) == pair.declarations
+    assert [*report.findings[: len(found)]] == found  # before all others
+    assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
+    assert len({row for one in found for row in one.rows}) == sum(len(one.rows) for one in found)
+    spec, mesh = declare("", dataclasses.replace(pair.both, **pair.mended))
+    after = spec.compile(mesh.build()).report()
+    together = f"; with those of all such findings {format_bytes(after.ledger.total())}"
+    if len(found) > 1:
+        assert all(together in one.fix for one in found)
+    else:
+        assert found[0].remaining == after.ledger.total()
+    assert (after.ledger.total() < report.ledger.total()) == pair.less
+    assert pair.less == (not any("keep it as it is" in one.fix for one in found))
 
 
 def test_a_constraint_of_a_backward_rule_is_said_to_be_one():
@@ -216,7 +242,7 @@ def test_text_without_lines_says_that_none_is_named():
     bare = TABLES % {"first": 1, "second": 2, "other": 4}
     bare = bare[: bare.index("FileNames")] + bare[bare.index("ENTRY") :]
     text = str(group_by_source(sk.report.read_ledger(bare, [("data", 2)])))
-    assert "unknown: the compiled program names no line of your code for these" in text
+    assert "unknown  (the compiled program names no line of your code for these)" in text
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (0, 1)], ids=["from one", "from zero"])
@@ -299,6 +325,16 @@ def test_a_file_that_is_gone_or_has_changed_has_no_code(tmp_path, monkeypatch):
     module.unlink()
     linecache.clearcache()
     assert read_line(str(module), 2) == ""
+
+
+def test_a_line_without_code_says_why():
+    report = compile_case("shifted_rows").report()
+    gone = dataclasses.replace(report.ledger[0].source, code="")
+    rows = tuple(dataclasses.replace(row, sources=(gone,)) for row in report.ledger[:1])
+    lines = group_by_source(dataclasses.replace(report.ledger, rows=rows))
+    said = "(the file is not at hand, or has changed since it was imported)"
+    assert f"{gone}  {said}" in " ".join(str(lines).split("\n"))
+    assert said in lines._repr_html_()
 
 
 def test_a_report_keeps_its_sources_as_json():

@@ -14,15 +14,19 @@ from ._program import (
 from ._report import Report
 from ._saved import TickTable
 from .communication._axis_traffic import AxisTraffic
-from .communication._entries import PRODUCTS, find_first_reader
-from .communication._governing import GoverningConstraint, OddDeclaration
+from .communication._entries import PRODUCTS, find_readers
+from .communication._governing import (
+    GoverningConstraint,
+    OddDeclaration,
+    SplitDim,
+    layouts_of_others,
+)
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
-from .findings._finding import Finding
+from .findings._finding import AGREE, FOLLOW, MOVE, Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
-from .findings._odd_declarations import AGREE, find_blamed
-from .findings._resharding import FOLLOW
+from .findings._odd_declarations import find_split_dim
 from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
@@ -35,6 +39,7 @@ __all__ = [
     "FINDINGS",
     "FOLLOW",
     "MEMORY_CLASSES",
+    "MOVE",
     "PRODUCTS",
     "AxisKind",
     "AxisTraffic",
@@ -55,6 +60,7 @@ __all__ = [
     "Program",
     "Report",
     "Segment",
+    "SplitDim",
     "SplitPart",
     "TickTable",
     "Timeline",
@@ -62,9 +68,10 @@ __all__ = [
     "compare",
     "count_flops",
     "find_batch_axes",
-    "find_blamed",
-    "find_first_reader",
     "find_profile",
+    "find_readers",
+    "find_split_dim",
+    "layouts_of_others",
     "model_time",
     "read_ledger",
     "read_memory",

@@ -1,6 +1,7 @@
 """What a step sends, grouped by the line of the user's code that causes it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -14,7 +15,8 @@ from .findings._finding import SMALL, Finding, named_shares
 
 _PARTS = 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
-_WHY_UNKNOWN = ": the compiled program names no line of your code for these"
+_WHY_UNKNOWN = "(the compiled program names no line of your code for these)"
+_NO_CODE = "(the file is not at hand, or has changed since it was imported)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,13 @@ class SourceCost:
     bytes: int
     in_findings: int
     parts: tuple["SourcePart", ...]
+
+    @property
+    def code(self) -> str:
+        """The line's text, or why there is none."""
+        if self.name == UNKNOWN:
+            return _WHY_UNKNOWN
+        return (self.source.code or _NO_CODE) if self.source else ""
 
     def part_cells(self) -> Iterator[tuple[str, str, str]]:
         """Bytes, collective and reason of each part as text; those that read the same are one."""
@@ -105,10 +114,9 @@ class BySource(Sequence[SourceCost]):
         return f"BySource({count(len(self), 'line')}, {total} sent)"
 
     def _repr_html_(self) -> str:
-        code = [(cost.source.code if cost.source else "", cost) for cost in self.costs]
         rows = [
-            (cost.name, format_bytes(cost.bytes), format_bytes(cost.in_findings), text)
-            for text, cost in code
+            (cost.name, format_bytes(cost.bytes), format_bytes(cost.in_findings), cost.code)
+            for cost in self.costs
         ]
         sizes = (Column("sent", right=True), Column("in findings", right=True))
         return notebook_html(repr(self), Table(["source", *sizes, "code"], rows))
@@ -119,10 +127,10 @@ class BySource(Sequence[SourceCost]):
         parts: list[str] = [f"Sent per step by source line: {format_bytes(total)}"]
         for cost in self.costs:
             share = f"{cost.bytes / total:.0%}" if total else "0%"
-            code = f"  {cost.source.code}" if cost.source and cost.source.code else ""
-            code = _WHY_UNKNOWN if cost.name == UNKNOWN else code
             beyond = f", {format_bytes(cost.in_findings)} in findings" if cost.in_findings else ""
-            parts += [f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}{code}"]
+            parts += [
+                f"\n{format_bytes(cost.bytes)} ({share}){beyond}  {cost.name}  {cost.code}".rstrip()
+            ]
             columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
             parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(text_width()))
         return "\n".join(parts)
@@ -134,10 +142,13 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
     A collective of arrays of several lines is divided among them in proportion to the arrays.
     """
     lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart, float]]] = {}
-    for row, share in zip(ledger, named_shares(ledger, findings), strict=True):
+    at = {number: one.source for one in reversed(findings) for number in one.rows}
+    shares = named_shares(ledger, findings)
+    for number, (row, share) in enumerate(zip(ledger, shares, strict=True)):
         named = row.wire_bytes * share
-        # Findings are about what has a line before what is combined with it.
-        for source, part in sorted(_divide_row(row), key=lambda one: one[0] is None):
+        # Findings are about arrays of their line before others that are combined with these.
+        order = functools.partial(_is_beside, at.get(number))
+        for source, part in sorted(_divide_row(row), key=lambda one: order(one[0])):
             unknown = OPTIMIZER if row.phase == "update" else UNKNOWN
             key = (source.file, source.line) if source else (unknown, 0)
             lines.setdefault(key, []).append((source, part, min(part.bytes, named)))
@@ -153,6 +164,13 @@ def group_by_source(ledger: Ledger, findings: Sequence[Finding] = ()) -> BySourc
             SourceCost(source, str(source) if source else name, total, round(named), parts)
         )
     return BySource(tuple(sorted(costs, key=_rank)))
+
+
+def _is_beside(line: Source | None, source: Source | None) -> tuple[bool, bool]:
+    """Whether an array is of another line than a finding's; without one it comes last."""
+    if line is None or source is None:
+        return True, source is None
+    return (line.file, line.line) != (source.file, source.line), False
 
 
 def _rank(cost: SourceCost) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def to_json(report: ReportData, indent: int | None = 1) -> str:
     fields["by_source"] = [
         {
             "name": cost.name,
-            "code": cost.source.code if cost.source else "",
+            "code": cost.code,
             "bytes": cost.bytes,
             "in_findings": cost.in_findings,
             "parts": list(cost.part_cells()),

@@ -16,7 +16,7 @@ from .._core.tree import path_ends
 from ._placed_leaf import PlacedLeaf
 from ._saved import TickTable
 from .communication._ends import add_ends
-from .communication._governing import GoverningConstraint, OddDeclaration
+from .communication._governing import GoverningConstraint, OddDeclaration, SplitDim
 from .communication._ledger import Ledger, LedgerRow, build_ledger
 from .hlo._hlo import Module, parse
 
@@ -134,6 +134,7 @@ class Declarations:
       undivided: the optimizer multiplies matrices that `StepSpec(owners=True)` might divide.
       governing: the constraints of the traced step, with the lines whose layout they decide.
       odd: declarations that all others disagree with.
+      split_dims: dims that operations take together or need whole.
       idle_options: options that change nothing: why, and what to change.
     """
 
@@ -154,6 +155,7 @@ class Declarations:
     undivided: bool = False
     governing: tuple[GoverningConstraint, ...] = ()
     odd: tuple[OddDeclaration, ...] = ()
+    split_dims: tuple[SplitDim, ...] = ()
     idle_options: tuple[tuple[str, str], ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:

@@ -28,12 +28,14 @@ from ..parallel import Strategy
 from ..report import (
     AGREE,
     FOLLOW,
+    MOVE,
     Finding,
     OddDeclaration,
     PlacedLeaf,
     Program,
     Report,
-    find_blamed,
+    find_split_dim,
+    layouts_of_others,
 )
 from ..rules import PathRules, Rule, first_match
 from ._bound_spec import BoundSpec
@@ -47,11 +49,13 @@ if TYPE_CHECKING:
     from ..hardware import Chip
     from ._spec import StepSpec
 
-CONSTRAIN = "constrain"
+CONSTRAIN, _TOGETHER = "constrain", "together"
 _WORDS = {
     CONSTRAIN: "with this constraint",
     AGREE: "with this layout",
     FOLLOW: "with this layout",
+    MOVE: "with this layout",
+    _TOGETHER: "with those of all such findings",
     "shard_map": 'with mode="shard_map"',
     "end": 'with reduce="end"',
     "owners": "with owners=True",
@@ -86,17 +90,21 @@ def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout, program: Pr
     """
     outcomes: dict[tuple[str, Any], tuple[int | None, str]] = {}
     findings, now = list[Finding](), report.ledger.total()
+    at_odds = [one.declarations for one in report.findings if AGREE in one.alternatives]
+    together = tuple(dict.fromkeys(name for names in at_odds for name in names))
     for finding in report.findings:
         tried = {}
-        odd = find_blamed(finding, report.ledger, program.declared.odd)
-        whose = odd and frozenset(one.declared_by for one in (odd, *odd.beside))
-        places = {AGREE: whose, CONSTRAIN: finding.source, FOLLOW: finding.axes}
-        for name in finding.alternatives:
-            key = name, places.get(name)
-            if key not in outcomes:
+        places = {MOVE: (finding.declarations, finding.source)}
+        places |= {AGREE: finding.declarations, CONSTRAIN: finding.source, FOLLOW: finding.axes}
+        keys = [(name, places.get(name)) for name in finding.alternatives]
+        keys += (
+            [(_TOGETHER, together)] if (AGREE, together) not in keys and AGREE in dict(keys) else []
+        )
+        for name, place in keys:
+            if (name, place) not in outcomes:
                 change = functools.partial(_change, bound, layout, program, finding)
-                outcomes[key] = _send(bound, functools.partial(change, name))
-            tried[name] = outcomes[key]
+                outcomes[name, place] = _send(bound, functools.partial(change, name, place))
+            tried[name] = outcomes[name, place]
         findings.append(_add_outcomes(finding, tried, now))
     return dataclasses.replace(report, findings=tuple(findings))
 
@@ -110,9 +118,10 @@ def _add_outcomes(
         f"{_WORDS[name]} {why if sent is None else format_bytes(sent)}"
         for name, (sent, why) in tried.items()
     ]
-    best = min((sent for sent, _ in tried.values() if sent is not None), default=None)
+    alone = (sent for name, (sent, _) in tried.items() if sent is not None and name != _TOGETHER)
+    best, least = min(alone, default=None), tried.get(_TOGETHER, (None, ""))[0]
     fix = f"{finding.fix}. The step, compiled, sends {format_bytes(now)} now; {'; '.join(said)}"
-    if best is not None and best >= now:
+    if best is not None and min(best, least or best) >= now:
         fix += ": no less, so keep it as it is"
     return dataclasses.replace(finding, fix=fix, remaining=best)
 
@@ -129,7 +138,12 @@ def _send(bound: BoundSpec, change: Callable[[], "StepSpec"]) -> tuple[int | Non
 
 
 def _change(
-    bound: BoundSpec, layout: StepLayout, program: Program, finding: Finding, alternative: str
+    bound: BoundSpec,
+    layout: StepLayout,
+    program: Program,
+    finding: Finding,
+    alternative: str,
+    place: Any,
 ) -> "StepSpec":
     spec, strategy = bound.spec, bound.spec.strategy
     if alternative == "shard_map":
@@ -143,12 +157,16 @@ def _change(
         rule = _first({leaf: own.spec for leaf, own in moments.items()}, strategy.opt_state)
         return spec.replace(strategy=dataclasses.replace(strategy, opt_state=rule))
     loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
-    odd = find_blamed(finding, program.ledger, program.declared.odd)
-    if alternative == AGREE and odd is not None:
-        if odd.leaves:
-            return spec.replace(strategy=_with_specs(strategy, odd, bound, layout))
-        train = _respecified(loss.train, odd, bound.mesh)
-        return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
+    if alternative in (AGREE, _TOGETHER, MOVE):
+        odd = [one for one in program.declared.odd if one.declared_by in place]
+        if alternative == MOVE:
+            split = find_split_dim(finding, program.declared.split_dims)
+            odd = [*split.declarations] if split else []
+        train = loss.train
+        for one in (one for one in odd if not one.leaves):
+            train = _respecified(train, one, bound.mesh)
+        changed = _with_specs(strategy, odd, bound, layout)
+        return spec.replace(loss_fn=dataclasses.replace(loss, train=train), strategy=changed)
     sharding = NamedSharding(bound.mesh, PartitionSpec(layout.row_axes))
     fits = functools.partial(_makes_rows, source=finding.source, rows=layout.rows)
     train = _constrained(loss.train, fits, sharding)
@@ -162,11 +180,11 @@ def _first(specs: Mapping[PlacedLeaf, PartitionSpec], rule: Rule | None) -> Rule
 
 
 def _with_specs(
-    strategy: Strategy, odd: OddDeclaration, bound: BoundSpec, layout: StepLayout
+    strategy: Strategy, odd: Sequence[OddDeclaration], bound: BoundSpec, layout: StepLayout
 ) -> Strategy:
-    """A strategy that lays some leaves out as all other declarations do."""
+    """A strategy that lays the leaves of some declarations out as all others do."""
     changed: dict[str, Any] = {}
-    for part, layouts in odd.layouts(dict(bound.mesh.shape)).items():
+    for part, layouts in layouts_of_others(odd, dict(bound.mesh.shape)).items():
         specs = {leaf: _to_spec(dims) for leaf, dims in layouts.items()}
         if part != "batch":
             changed[part] = _first(specs, getattr(strategy, part))

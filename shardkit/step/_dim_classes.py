@@ -5,15 +5,23 @@ rows of w. A layout of one dim of a class is the layout of all, unless something
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from jax.extend import core
 
-from .._core.equations import count_scan_operands
+from .._core.equations import count_scan_operands, source_of_equation
+from .._core.source import Source
 from .._core.tracing import equations
 
 _DROPPING = ("reduce_", "argm")
+# Operations that need all of a dim on each device, and the parameter that says which one.
+_WHOLE = {
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), "axis"),
+    "sort": "dimension",
+    "top_k": "axis",
+}
 _PIECES = frozenset("slice dynamic_slice concatenate pad".split())
 
 
@@ -33,6 +41,11 @@ class DimClasses:
         self._shared: dict[int, bool] = {}
         self._calls = 0
         self.contracted: list[tuple[int, core.JaxprEqn]] = []
+        # Dims that an operation takes together or needs whole, and the dims that it keeps.
+        self.needed: list[tuple[int, Source, list[int]]] = []
+        self.products: list[tuple[list[int], int]] = []  # numbers of their dims, multiplications
+        # Of each reshape (2, 8) ↔ 16: the numbers of 2 and 8, and the sizes 2 and 16.
+        self.merged: list[tuple[int, int, int, int]] = []
         self._follow(jaxpr, 0)
         self.pairs = {  # two classes that are dims of one array
             pair
@@ -70,13 +83,14 @@ class DimClasses:
             a, b = (self.root(self._number(*end)) for end in ends)
             self._parents[a] = b
 
-    def _follow(self, jaxpr: core.Jaxpr, call: int) -> None:
+    def _follow(self, jaxpr: core.Jaxpr, call: int, within: Source | None = None) -> None:
+        """Follows a jaxpr; what JAX traced before has the line of the call `within` which it is."""
         for eqn in jaxpr.eqns:
             bodies = list(core.jaxprs_in_params(eqn.params))
             for body in bodies:
                 inner = 0 if self._is_shared(body) else self._calls + 1
                 self._calls = max(self._calls, inner)
-                self._follow(body, inner)
+                self._follow(body, inner, source_of_equation(eqn) or within)
                 self._call(eqn, body, call, inner)
             if not bodies:
                 for one, other, pairs in _passed_on(eqn):
@@ -86,6 +100,43 @@ class DimClasses:
                     for variable, dim in _contracted(eqn)
                     if not isinstance(variable, core.Literal)
                 )
+                source = source_of_equation(eqn) or within
+                needed = self._needed(eqn, call) if source else ()
+                self.needed += ((dim, source, kept) for dim, kept in needed if source)
+                if eqn.primitive.name == "dot_general":
+                    self.products.append(self._product(eqn, call))
+                if eqn.primitive.name == "reshape" and isinstance(eqn.invars[0], core.Var):
+                    self.merged += self._merged(cast(Any, eqn.invars[0]), eqn.outvars[0], call)
+
+    def _needed(self, eqn: core.JaxprEqn, call: int) -> Iterator[tuple[int, list[int]]]:
+        if not eqn.invars or isinstance(eqn.invars[0], core.Literal):
+            return
+        array, name, params = cast(Any, eqn.invars[0]), eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            dims, keeping = params["dimension_numbers"][0][0], cast(Any, eqn.outvars[0])
+        elif name in _WHOLE:
+            dims, keeping = [params.get(_WHOLE[name], -1) % array.aval.ndim], array
+        else:
+            return
+        for dim in dims:
+            left = (i for i in range(keeping.aval.ndim) if keeping is not array or i != dim)
+            kept = [self._number(call, keeping, i) for i in left]
+            yield self._number(call, array, dim), kept
+
+    def _product(self, eqn: core.JaxprEqn, call: int) -> tuple[list[int], int]:
+        operands = [cast(Any, v) for v in eqn.invars if not isinstance(v, core.Literal)]
+        numbers = [self._number(call, v, dim) for v in operands for dim in range(v.aval.ndim)]
+        ((contracted, _), _), left = eqn.params["dimension_numbers"], cast(Any, eqn.invars[0])
+        summed = math.prod(left.aval.shape[dim] for dim in contracted)
+        return numbers, summed * math.prod(cast(Any, eqn.outvars[0]).aval.shape)
+
+    def _merged(self, old: Any, new: Any, call: int) -> Iterator[tuple[int, int, int, int]]:
+        for ours, theirs in _reshape_groups(old.aval.shape, new.aval.shape):
+            for variable, dims, others in ((old, ours, theirs), (new, theirs, ours)):
+                if len(dims) > 1 and len(others) == 1:
+                    first, second = (self._number(call, variable, dim) for dim in dims[:2])
+                    sizes = [variable.aval.shape[dim] for dim in dims]
+                    yield first, second, sizes[0], math.prod(sizes)
 
     def _is_shared(self, body: core.Jaxpr) -> bool:
         """Whether something is declared in a body."""
@@ -105,6 +156,13 @@ class DimClasses:
             inputs = body.invars[fixed : fixed + carried]
             for one, other in zip(inputs, body.outvars[:carried], strict=True):
                 self._join(one, other, _last_dims(one, other), inner)
+            if source := source_of_equation(eqn):
+                for array in cast(Sequence[Any], eqn.invars[fixed + carried :]):
+                    if not isinstance(array, core.Literal):
+                        first, *kept = (
+                            self._number(call, array, i) for i in range(array.aval.ndim)
+                        )
+                        self.needed.append((first, source, kept))
 
 
 def _contracted(eqn: core.JaxprEqn) -> Iterator[tuple[Any, int]]:
@@ -216,17 +274,27 @@ def _scatter(numbers: Any, indices: Any, updates: Any, out: Any) -> _Passed:
 
 def _reshape(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The slowest dims of the groups that a reshape keeps apart: (8, 16, 4) → (8, 64) has two."""
+    return ((ours[0], theirs[0]) for ours, theirs in _reshape_groups(old, new))
+
+
+def _reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The dims before and after of each group that a reshape keeps apart, without those of 1."""
     i = j = 0
     while i < len(old) and j < len(new):
         if old[i] == 1 or new[j] == 1:
             i, j = i + (old[i] == 1), j + (new[j] == 1)
             continue
-        yield i, j
+        ours, theirs = [i], [j]
         a, b, i, j = old[i], new[j], i + 1, j + 1
         while a != b:
             if a < b and i < len(old):
+                ours.append(i)
                 a, i = a * old[i], i + 1
-            elif j < len(new):
+            elif b < a and j < len(new):
+                theirs.append(j)
                 b, j = b * new[j], j + 1
             else:
                 return
+        yield ours, theirs

@@ -14,13 +14,16 @@ so the partitioner moves arrays over `tensor` because of it, wherever it moves t
 """
 
 import collections
+import dataclasses
 import itertools
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from jax.extend import core
 
 from .._core.equations import source_of_equation
+from .._core.source import Source
 from ._dim_classes import DimClasses
 
 Axes = tuple[str, ...]
@@ -30,7 +33,28 @@ Sides = tuple[set[Hashable], set[Hashable]]
 Group = frozenset[Hashable]
 """Declarations that can only be wrong together: one, or those of leaves of one rule."""
 
+
+@dataclasses.dataclass(frozen=True)
+class SplitClass:
+    """A dim that an operation takes together or needs whole, and that is split over an axis.
+
+    Attributes:
+      source: the operation's line.
+      axis: the mesh axis.
+      root: the dim's class.
+      users: the declarations that split it.
+      kept: classes of other dims of the operation that nothing splits.
+    """
+
+    source: Source
+    axis: str
+    root: int
+    users: Group
+    kept: tuple[int, ...]
+
+
 _MUCH = 16
+_FEW = 4  # declarations that are wrong at once
 
 
 class Disagreements:
@@ -39,11 +63,16 @@ class Disagreements:
     Args:
       jaxpr: the traced step.
       declared: layouts of its variables, at any depth.
+      sizes: of the mesh axes.
       weak: declarations that split nothing, and only count where no others disagree.
     """
 
     def __init__(
-        self, jaxpr: core.Jaxpr, declared: Sequence[Declared], weak: Collection[Hashable] = ()
+        self,
+        jaxpr: core.Jaxpr,
+        declared: Sequence[Declared],
+        sizes: Mapping[str, int],
+        weak: Collection[Hashable] = (),
     ) -> None:
         self._weak = set(weak)
         self._classes = DimClasses(jaxpr, (variable for _, variable, _ in declared))
@@ -60,6 +89,7 @@ class Disagreements:
                     self._orders[root].setdefault(axes, set()).add(who)
                     for axis in axes:
                         self._split[root, axis].add(who)
+        self._undivided = set(self._find_undivided(declared, sizes))
         self._conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
         for (root, axis), users in self._split.items():
             self._conflicts[axis].append((users, self._named[root] - users))
@@ -74,30 +104,90 @@ class Disagreements:
                     a, b = self._split[one, axis], self._split[other, axis]
                     self._conflicts[axis] += [(a - b, b - a), (b - a, a - b)]
 
-    def find_ending(
-        self, suspects: Iterable[Group], others: Iterable[Hashable] = ()
-    ) -> dict[str, set[Group]]:
-        """By mesh axis, the suspects without which there is no conflict over it.
+    def _find_undivided(
+        self, declared: Sequence[Declared], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[int, str, int]]:
+        """Adds what splits of a dim say of the two that it is reshaped to: keys of 2 heads by 4.
 
-        A suspect is a declaration, or several of one rule. Of one axis with a single suspect, this
-        alone disagrees with all declarations. Of several, those count that also leave no conflict
-        with weak ones of their size, then one that alone splits anything over the axis. Conflicts
-        of which neither a suspect nor one of the `others` is a side may stay: rules may differ.
+        The columns of the keys, 16 by 4, are 2 heads of 8: each device has half of a head. So
+        the elements of heads are split too, where those of 8 queries are whole.
+
+        Yields:
+          The class of such a dim, the axis, and the dim's size.
         """
-        possible = set(suspects)
-        parties = set(others).union(*possible)
-        ending: dict[str, set[Group]] = {}
+        by_class: dict[tuple[int, int], list[tuple[Hashable, Axes]]] = collections.defaultdict(list)
+        for who, variable, dims in declared:
+            for dim, axes in enumerate(dims):
+                if axes:
+                    key = self._classes.find(variable, dim), variable.aval.shape[dim]
+                    by_class[key].append((who, axes))
+        for first, second, heads, size in self._classes.merged:
+            root, inner = self._classes.root(first), self._classes.root(second)
+            for who, axes in by_class[root, size]:
+                self._named[inner].add(who)
+                for axis in (axis for axis in axes if heads % sizes[axis]):
+                    self._split[inner, axis].add(who)
+                    yield root, axis, size
+
+    def find_least(
+        self,
+        suspects: Mapping[str, Collection[Hashable]],
+        units: Mapping[Hashable, Hashable],
+        likely: Sequence[Collection[Hashable]],
+    ) -> dict[str, list[Group]]:
+        """By mesh axis, the fewest declarations without which there is no conflict over it.
+
+        Args:
+          suspects: by mesh axis, the declarations that can be wrong over it.
+          units: what several declarations are one of, as a rule of several leaves.
+          likely: suspects of which a set with more comes first, constraints before others.
+
+        Returns:
+          The sets that are as small and as likely: those that also leave no conflict with weak ones
+          of their size come before others, then those that alone split anything over the axis, then
+          those after which the most is multiplied in parts over it, and least of that summed.
+        """
+        least: dict[str, list[Group]] = {}
         for axis, pairs in self._conflicts.items():
             strong = [(one, other - self._weak) for one, other in pairs]
-            if _agree_without(frozenset(), strong, parties):
-                strong = pairs
-            if not _agree_without(frozenset(), strong, parties):
-                found = {group for group in possible if _agree_without(group, strong, parties)}
-                heavy = self._with_weak(pairs, found)
-                found = {group for group in found if _agree_without(group, heavy, parties)} or found
-                users = {who for (_, a), of in self._split.items() if a == axis for who in of}
-                ending[axis] = {group for group in found if users <= group} or found
-        return ending
+            whose = {*suspects.get(axis, ())}
+            if _agree(strong):  # what is whole can be wrong where all others are not
+                strong, whose = pairs, whose | self._weak
+            sets = _smallest(strong, whose, units)
+            # More disagree than can be told: constraints are held to what they meet alone.
+            met = [pair for pair in strong if set().union(*pair) & {*likely[0]}]
+            sets = sets or _smallest(met, whose & {*likely[0]}, units)
+            if sets:
+                least[axis] = self._most_likely(axis, sets, likely)
+        return least
+
+    def _most_likely(
+        self, axis: str, sets: Sequence[Group], likely: Sequence[Collection[Hashable]]
+    ) -> list[Group]:
+        users = {who for (_, a), of in self._split.items() if a == axis for who in of}
+        kept = list(sets)
+        for suspects in likely:
+            most = max(len(one & {*suspects}) for one in kept)
+            kept = [one for one in kept if len(one & {*suspects}) == most]
+        heavy = self._with_weak(self._conflicts[axis], kept)
+        kept = [one for one in kept if _agree(_without(one, heavy))] or kept
+        kept = [one for one in kept if users <= one] or kept
+        costs = {one: self._cost(axis, one) for one in kept if len(kept) > 1}
+        return [one for one in kept if costs.get(one) == min(costs.values(), default=None)]
+
+    def _cost(self, axis: str, group: Group) -> tuple[int, int]:
+        """Multiplications that others do not divide over an axis, and elements that they sum."""
+        whole = sum(
+            size
+            for numbers, size in self._classes.products
+            if not any(self._users(self._classes.root(n), axis, group) for n in numbers)
+        )
+        eqns = {
+            id(eqn): math.prod(cast(Any, eqn.outvars[0]).aval.shape)
+            for number, eqn in self._classes.contracted
+            if self._users(self._classes.root(number), axis, group)
+        }
+        return whole, sum(eqns.values())
 
     def _with_weak(self, pairs: Sequence[Sides], suspects: Collection[Group]) -> list[Sides]:
         """Conflicts with those weak declarations whose matrices are about as large as a suspect.
@@ -107,6 +197,26 @@ class Disagreements:
         least = min((self._sizes[who] for group in suspects for who in group), default=0)
         light = {who for who in self._weak if _MUCH * self._sizes[who] < least}
         return [(one, other - light) for one, other in pairs]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes over which declarations may be in conflict."""
+        return (*self._conflicts,)
+
+    def find_split(self) -> Iterator[SplitClass]:
+        """Yields the dims that operations take together or need whole, over each axis of theirs."""
+        for number, source, kept in self._classes.needed:
+            root = self._classes.root(number)
+            others = dict.fromkeys(self._classes.root(one) for one in kept)
+            split = {one for (one, _), users in self._split.items() if users}
+            free = tuple(one for one in others if one not in split)
+            for axis in self._conflicts:
+                if users := self._users(root, axis, frozenset()):
+                    yield SplitClass(source, axis, root, frozenset(users), free)
+
+    def classes_of(self, variable: Any, dims: Sequence[Axes | None]) -> list[int]:
+        """The class of each dim of a declared variable."""
+        return [self._classes.find(variable, dim) for dim in range(len(dims))]
 
     def splits(self, group: Group, axis: str) -> bool:
         """Whether a declaration splits over an axis what another one says is not split so."""
@@ -134,7 +244,7 @@ class Disagreements:
 
     def layout_of_others(
         self,
-        group: Group,
+        wrong: Mapping[str, Group],
         variable: Any,
         dims: Sequence[Axes | None],
         over: Collection[str],
@@ -143,19 +253,25 @@ class Disagreements:
     ) -> tuple[Axes | None, ...]:
         """The dims of a declaration without some axes, with those that the others split them over.
 
-        With `keep`, an axis that no dim has any more is put on the last one of which the others say
+        `wrong` are by axis the declarations that do not count as others, itself among them. With
+        `keep`, an axis that no dim has any more is put on the last one of which the others say
         nothing.
         """
         agreed: list[Axes | None] = []
         roots = [self._classes.find(variable, dim) for dim in range(len(dims))]
-        for root, axes in zip(roots, dims, strict=True):
-            kept = tuple(axis for axis in axes or () if axis not in over)
-            of_others = (order for order, whose in self._orders[root].items() if whose - group)
-            come = dict.fromkeys(itertools.chain(kept, *of_others))
+        own = frozenset.intersection(*(wrong[axis] for axis in over))
+        for root, axes, size in zip(roots, dims, variable.aval.shape, strict=True):
+            come = dict.fromkeys(axis for axis in axes or () if axis not in over)
+            for order, whose in self._orders[root].items():
+                come |= dict.fromkeys(
+                    a
+                    for a in order
+                    if whose - own - wrong.get(a, own) and (root, a, size) not in self._undivided
+                )
             agreed.append(None if axes is None else (*come,))
         split = {axis for axes in agreed for axis in axes or ()}
         for axis in (axis for axes in dims if keep for axis in axes or () if axis not in split):
-            free = [dim for dim, root in enumerate(roots) if self._is_free(root, axis, group)]
+            free = [d for d, root in enumerate(roots) if self._is_free(root, axis, wrong[axis])]
             if free:
                 agreed[free[-1]] = (*(agreed[free[-1]] or ()), axis)
         return tuple(agreed)
@@ -175,11 +291,36 @@ class Disagreements:
         )
 
 
-def _agree_without(group: Group, conflicts: Sequence[Sides], parties: set[Hashable]) -> bool:
-    """Whether no party is on either side of a conflict any more, and one has ended."""
-    left = [(one - group, other - group) for one, other in conflicts]
-    ended = not group or any(
-        sides != before and not all(sides) and all(before)
-        for sides, before in zip(left, conflicts, strict=True)
-    )
-    return ended and not any(one and other and (one | other) & parties for one, other in left)
+def _smallest(
+    conflicts: Sequence[Sides], suspects: set[Hashable], units: Mapping[Hashable, Hashable]
+) -> list[Group]:
+    """The smallest sets of suspects without which nothing is in conflict, of up to `_FEW` units.
+
+    Of the first conflict that is left, all of one side have to go: so each step tries both.
+    """
+    found = dict[Group, int]()
+    tried, least = set[Group](), _FEW
+
+    def end(group: Group) -> None:
+        nonlocal least
+        size = len({units.get(who, who) for who in group})
+        if group in tried or size > least:
+            return
+        tried.add(group)
+        left = next((sides for sides in _without(group, conflicts) if all(sides)), None)
+        if left is None:
+            found[group], least = size, size
+        for side in left or ():
+            if side <= suspects:
+                end(group | side)
+
+    end(frozenset())
+    return [group for group, size in found.items() if group and size == least]
+
+
+def _without(group: Group, conflicts: Iterable[Sides]) -> list[Sides]:
+    return [(one - group, other - group) for one, other in conflicts]
+
+
+def _agree(conflicts: Iterable[Sides]) -> bool:
+    return not any(all(sides) for sides in conflicts)

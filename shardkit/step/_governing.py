@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -13,10 +12,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._core.equations import is_written_in, name_derivative_rule, source_of_equation
 from .._core.scope_markers import OF_THE_STEP
 from ..nn._constrain import constrain_p
-from ..report import PRODUCTS, GoverningConstraint, OddDeclaration, PlacedLeaf, find_first_reader
+from ..report import (
+    PRODUCTS,
+    GoverningConstraint,
+    OddDeclaration,
+    PlacedLeaf,
+    SplitDim,
+    find_readers,
+)
 from ..rules import axes_of
 from ._activations import Activations
 from ._disagreements import Declared, Disagreements, Group
+from ._split_dims import DeclaredLayout, find_split_dims
 
 # Operations that compute each element of their result from one element of each operand.
 _ELEMENTWISE = frozenset(
@@ -26,11 +33,10 @@ _ELEMENTWISE = frozenset(
     sqrt square stop_gradient sub tanh""".split()
 )
 _SHARD_MAP = "shard_map"
+_STATE = "model_state"
 _MOST = 32
-_FEW = 10  # leaves of a rule, of which all choices are compared
 _Dims = tuple[tuple[str, ...] | None, ...]
 _Line = tuple[str, int]
-_Who = tuple[str, str, str, tuple[int, ...], tuple[tuple[str, ...], ...]]  # the rule first
 _Found = tuple[GoverningConstraint, Any, _Dims, bool]
 
 
@@ -39,12 +45,12 @@ def find_governing_constraints(
     activations: Activations,
     placed: Sequence[PlacedLeaf],
     rows: Collection[str],
-) -> tuple[list[GoverningConstraint], list[OddDeclaration]]:
+) -> tuple[list[GoverningConstraint], list[OddDeclaration], list[SplitDim]]:
     """Returns each constraint of a traced step with the lines before it that it governs.
 
     Those are the element-wise operations that its array comes from, and the operation before these.
     Beside them the constraints, and the layouts of leaves, that all other declarations disagree
-    with. `placed` are the step's arguments, in their order.
+    with, and the dims that operations need whole. `placed` are the step's arguments, in order.
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
@@ -53,33 +59,101 @@ def find_governing_constraints(
     declared += [
         (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
     ]
-    whole = (who for leaf, (who, *_) in leaves if leaf.part != "batch" and not leaf.axes())
-    disagreements = Disagreements(jaxpr, declared, set(whole))
-    odd = list(_odd_constraints(disagreements, zip(lines, found, strict=True)))
-    known = {axis for one in odd for axis in one.axes}
-    suspects = [(leaf, of) for leaf, of in leaves if not _splits_rows(leaf, rows)]
-    others = {*lines, *(who for _, (who, *_) in leaves)}
-    odd += _odd_leaves(disagreements, jaxpr, suspects, others, known)
+    whole = (
+        who for leaf, (who, *_) in leaves if leaf.part != "batch" and not {*leaf.axes()} - {*rows}
+    )
+    disagreements = Disagreements(jaxpr, declared, dict(activations.mesh.shape), set(whole))
+    suspects = _Suspects(
+        dict(reversed([*zip(lines, found, strict=True)])),  # the first of each line
+        [(leaf, of) for leaf, of in leaves if not _splits_rows(leaf, rows)],
+    )
+    wrong = _find_wrong(disagreements, suspects)
+    odd = [
+        *_odd_constraints(disagreements, suspects, wrong),
+        *_odd_leaves(disagreements, suspects, wrong, jaxpr),
+    ]
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
-    return [
-        one
-        for line, (one, *_, backward) in zip(lines, found, strict=True)
-        # The backward pass repeats constraints for cotangents, which come from other lines.
-        if not backward or line not in forward
-    ], odd
+    return (
+        [
+            one
+            for line, (one, *_, backward) in zip(lines, found, strict=True)
+            # The backward pass repeats constraints for cotangents, which come from other lines.
+            if not backward or line not in forward
+        ],
+        odd,
+        list(find_split_dims(disagreements, suspects.declarations())),
+    )
+
+
+class _Suspects:
+    """Declarations that can be wrong.
+
+    Attributes:
+      constraints: by line.
+      leaves: with their variables, by declaration.
+      units: a declaration → those of several leaves of one rule and layout that it is one of.
+    """
+
+    def __init__(
+        self, constraints: Mapping[_Line, _Found], leaves: Iterable[tuple[PlacedLeaf, Declared]]
+    ) -> None:
+        self.constraints = constraints
+        self.leaves: dict[Hashable, list[tuple[PlacedLeaf, Any]]] = {}
+        of_rules: dict[Hashable, dict[Hashable, None]] = {}
+        for leaf, (who, variable, dims) in leaves:
+            self.leaves.setdefault(who, []).append((leaf, variable))
+            rule = leaf.declared_by, leaf.leaf.shape, tuple(dims)
+            if leaf.part != "batch" and len(leaf.leaf.shape) > 1:
+                # Of the matrices of a rule some can be right: one counts with its average alone.
+                rule = *rule, re.sub(r"\d+", "", leaf.leaf.path)
+            of_rules.setdefault(rule, {})[who] = None
+        self.units = {who: frozenset(whose) for whose in of_rules.values() for who in whose}
+
+    def declarations(self) -> dict[Hashable, DeclaredLayout]:
+        """All of them, with what can be said otherwise."""
+        constraints = {
+            line: DeclaredLayout(
+                f"the constraint at {one.source}", variable, dims, source=one.source
+            )
+            for line, (one, variable, dims, _) in self.constraints.items()
+        }
+        leaves = {
+            who: DeclaredLayout(
+                f"{leaf.declared_by} of {leaf.name}",
+                variable,
+                leaf.dims(),
+                tuple(one for one, _ in self.leaves[who]),
+            )
+            for who, ((leaf, variable), *_) in self.leaves.items()
+        }
+        return constraints | leaves
+
+    def over(self, who: Hashable) -> set[str]:
+        """The axes that a leaf brings in."""
+        return {*self.leaves[who][0][0].axes()}
+
+
+def _find_wrong(disagreements: Disagreements, suspects: _Suspects) -> dict[str, Group]:
+    """By mesh axis, the declarations without which all others agree."""
+    possible = {
+        axis: {*suspects.constraints, *(w for w in suspects.leaves if axis in suspects.over(w))}
+        for axis in disagreements.axes
+    }
+    # Model state comes before a parameter that it is the average of.
+    of_state = {who for who, ((leaf, _), *_) in suspects.leaves.items() if leaf.part == _STATE}
+    likely = suspects.constraints, of_state
+    least = disagreements.find_least(possible, suspects.units, likely)
+    return {axis: frozenset.intersection(*sets) for axis, sets in least.items()}
 
 
 def _odd_constraints(
-    disagreements: Disagreements, found: Iterable[tuple[_Line, _Found]]
+    disagreements: Disagreements, suspects: _Suspects, wrong: Mapping[str, Group]
 ) -> Iterator[OddDeclaration]:
-    known = dict(reversed(list(found)))  # the first of each line
-    suspects = {line: frozenset({line}) for line in known}
-    ending = disagreements.find_ending(suspects.values())
-    for line, (one, variable, dims, _) in known.items():
-        group = suspects[line]
-        axes = frozenset(axis for axis, groups in ending.items() if groups == {group})
+    for line, (one, variable, dims, _) in suspects.constraints.items():
+        axes = frozenset(axis for axis, group in wrong.items() if line in group)
         if axes:
-            layout = disagreements.layout_of_others(group, variable, dims, axes)
+            group = frozenset[Hashable]().union(*(wrong[axis] for axis in axes))
+            layout = disagreements.layout_of_others(wrong, variable, dims, axes)
             text = f"the constraint at {one.source}"
             shape = cast(Any, variable).aval.shape
             lines = frozenset(disagreements.sums_over(group, axes))
@@ -88,114 +162,59 @@ def _odd_constraints(
 
 def _odd_leaves(
     disagreements: Disagreements,
+    suspects: _Suspects,
+    wrong: Mapping[str, Group],
     jaxpr: core.Jaxpr,
-    leaves: Sequence[tuple[PlacedLeaf, Declared]],
-    others: set[Hashable],
-    known: Collection[str],
 ) -> Iterator[OddDeclaration]:
-    """Those over axes that leaves bring in where all others say that nothing is split.
+    """The leaves, or all of one shape and layout by one rule, that are wrong over an axis.
 
-    These are the leaves of one name, or all of one shape and layout by one rule. Over axes with
-    none, those of each matrix that is multiplied and that others lay out over the same axes
-    otherwise: of two that disagree, the one for whose product something is moved can be changed.
-    Axes `known` are left out: those that a constraint is at odds over.
+    Over axes where it is not certain which ones are, those of each matrix that is multiplied and
+    that others lay out over the same axes otherwise: of two that disagree, the one for whose
+    product something is moved can be changed.
     """
-    groups = _group_leaves(leaves)
-    over = {
-        group: {
-            a for a in members[0][0].axes() if a not in known and disagreements.splits(group, a)
-        }
-        for group, members in groups.items()
-    }
-    alone = dict(_find_alone(disagreements, over, others))
-    odd: list[tuple[frozenset[Group], OddDeclaration]] = []
-    for group, members in groups.items():
+    odd: list[tuple[Group, OddDeclaration]] = []
+    told = set[Hashable]()
+    for who in suspects.leaves:
+        axes = {axis for axis, group in wrong.items() if who in group}
+        whose = frozenset({who}).union(*(wrong[axis] for axis in axes))
+        unit = suspects.units[who] & whose if axes else frozenset({who})
+        members = [
+            member for one in suspects.leaves if one in unit for member in suspects.leaves[one]
+        ]
         leaf, variable = members[0]
-        reader = find_first_reader(jaxpr, variable) if over[group] else None
-        if reader is None:
+        over = {a for a in suspects.over(who) if disagreements.splits(unit, a)}
+        readers = find_readers(jaxpr, variable) if (over or axes) and who not in told else []
+        if not readers:
             continue
-        axes = {axis for axis, of in alone.items() if group in of}
-        of_rule = frozenset({group}).union(*(alone[axis] for axis in axes))
-        whose = frozenset[Hashable]().union(*of_rule)
-        lay_out = functools.partial(disagreements.layout_of_others, whose, variable, leaf.dims())
-        multiplied = leaf.part == "params" and reader[1] in PRODUCTS
-        either = not axes and multiplied and len(group) == 1
-        if either and (layout := lay_out(over[group])) != leaf.dims():
-            axes = {a for dim in layout for a in dim or () if a in over[group] - {*alone}}
-        if axes:
+        told |= unit
+        without = {axis: wrong.get(axis, frozenset()) | whose for axis in over | axes}
+        lay_out = functools.partial(disagreements.layout_of_others, without, variable, leaf.dims())
+        multiplied = leaf.part == "params" and readers[0][1] in PRODUCTS
+        either = not axes and multiplied
+        if either and (layout := lay_out(over)) != leaf.dims():
+            certain = {axis for axis, group in wrong.items() if group}
+            axes = {a for dim in layout for a in dim or () if a in over - certain}
+        if axes and (either or lay_out(axes) != leaf.dims()):
             one = OddDeclaration(
-                reader[0],
+                readers[0][0],
                 frozenset(axes),
                 f"{leaf.declared_by} of {leaf.name}",
                 shape=leaf.leaf.shape,
-                layout=lay_out(axes, keep=not either and (multiplied or reader[1] == "gather")),
+                layout=lay_out(axes, keep=not either and (multiplied or readers[0][1] == "gather")),
                 sums=frozenset(disagreements.sums_over(whose, axes)),
+                readers=frozenset((line.file, line.line) for line, _ in readers),
                 leaves=tuple(leaf for leaf, _ in members),
                 either=either,
             )
-            odd.append((of_rule, one))
-    for of_rule, one in odd:
-        beside = tuple(other for of, other in odd if of == of_rule and other is not one)
-        yield dataclasses.replace(one, beside=beside)
-
-
-def _find_alone(
-    disagreements: Disagreements, over: Mapping[Group, set[str]], others: set[Hashable]
-) -> Iterator[tuple[str, frozenset[Group]]]:
-    """By mesh axis, the declaration without which there is no conflict over it.
-
-    Model state comes before a parameter that it is the average of. Where there is no declaration,
-    the fewest matrices of one rule: those for which it is wrong.
-    """
-    for axis, ending in disagreements.find_ending(over, others).items():
-        possible = [group for group in ending if axis in over[group]]
-        single = [group for group in possible if len(group) == 1] or possible
-        averages = [g for g in single if {cast(_Who, who)[1] for who in g} == {"model_state"}]
-        single = averages or single
-        if len(single) == 1:
-            yield axis, frozenset(single)
-        elif not single:
-            named = [group for group in over if len(group) == 1 and axis in over[group]]
-            yield from ((axis, few) for few in _find_few(disagreements, named, axis, others))
-
-
-def _find_few(
-    disagreements: Disagreements, named: Sequence[Group], axis: str, others: set[Hashable]
-) -> Iterator[frozenset[Group]]:
-    by_rule: dict[str, list[Group]] = {}
-    for group in named:
-        for who in group:
-            by_rule.setdefault(cast(_Who, who)[0], []).append(group)
-    for number in range(2, 1 + (_FEW if len(named) < _FEW else 3)):
-        sets = {
-            frozenset[Hashable]().union(*few): frozenset(few)
-            for of_rule in by_rule.values()
-            for few in itertools.combinations(of_rule, number)
-        }
-        ending = disagreements.find_ending(sets, others).get(axis, set())
-        if ending:
-            yield from (sets[whose] for whose in ending if len(ending) == 1)
-            return
-
-
-def _group_leaves(
-    leaves: Iterable[tuple[PlacedLeaf, Declared]],
-) -> dict[Group, list[tuple[PlacedLeaf, Any]]]:
-    """Leaves and their variables by declaration, then those of several of one rule and layout."""
-    named: dict[Hashable, list[tuple[PlacedLeaf, Any]]] = {}
-    of_rules: dict[Hashable, dict[Hashable, None]] = {}
-    for leaf, (who, variable, dims) in leaves:
-        named.setdefault(who, []).append((leaf, variable))
-        rule = leaf.declared_by, leaf.leaf.shape, tuple(dims)
-        if leaf.part != "batch" and len(leaf.leaf.shape) > 1:
-            # Of the matrices of a rule some can be right: one counts with its average alone.
-            rule = *rule, re.sub(r"\d+", "", leaf.leaf.path)
-        of_rules.setdefault(rule, {})[who] = None
-    groups = {frozenset({who}): members for who, members in named.items()}
-    several = (of_rule for of_rule in of_rules.values() if len(of_rule) > 1)
-    return groups | {
-        frozenset(whose): [m for who in whose for m in named[who]] for whose in several
-    }
+            odd.append((whose, one))
+    for whose, one in odd:
+        rule = one.leaves[0].declared_by
+        beside = tuple(
+            other
+            for of, other in odd
+            if not one.either and of == whose and other.leaves[0].declared_by == rule
+        )
+        yield dataclasses.replace(one, beside=tuple(other for other in beside if other is not one))
 
 
 def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_Found]:

@@ -174,7 +174,7 @@ def _build_declared(
     reduce = precision.reduce_dtype or compute
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     rows = find_batch_axes(placed, strategy.kinds, layout.row_axes)
-    governing, odd = find_governing_constraints(jaxpr.jaxpr, activations, placed, rows)
+    governing, odd, split_dims = find_governing_constraints(jaxpr.jaxpr, activations, placed, rows)
     ring_blocks = [cast(int, blocks) for (blocks,) in recorded_facts(jaxpr.jaxpr, RING_BLOCKS)]
     return Declarations(
         kinds=strategy.kinds,
@@ -199,6 +199,7 @@ def _build_declared(
         owned=cast(tuple[tuple[str, float], ...], tuple(*recorded_facts(jaxpr.jaxpr, OWNED))),
         governing=tuple(governing),
         odd=tuple(odd),
+        split_dims=tuple(split_dims),
     )
 
 

@@ -23,8 +23,8 @@ from ..hlo._readers import find_fusion, moves, nearest_maker, nearest_readers
 from ..hlo._scope import last_name, phase_of
 from ..hlo._source_lines import Sources, result_names
 from ..hlo._sources import ComputedError, find_argument
-from ._entries import CONSTRAINTS, PRODUCTS, find_entry, splits_matrix, weights_of_products
-from ._governing import OddDeclaration, find_governing
+from ._causes import Causes, Operation, Transfer
+from ._entries import CONSTRAINTS, PRODUCTS
 from ._ledger import Ends, Ledger, LedgerRow
 from ._reductions import REDUCING, gradient_reductions
 
@@ -33,14 +33,7 @@ if TYPE_CHECKING:
 
 # Operations of JAX that carry a declared layout out, as their paths end.
 _CONSTRAINT = "the constraint at "
-# Collectives that the loss itself asks for.
-EXPLICIT = frozenset(
-    """all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast psum
-    psum_invariant psum_scatter ragged_all_to_all reduce_scatter""".split()
-)
 _HLO_PRODUCTS = frozenset({"dot", "convolution"})
-_MOVED = ("all-to-all", "collective-permute")
-_COMPUTED = ("forward", "backward", "recompute")
 
 
 def add_ends(ledger: Ledger, program: "Program") -> Ledger:
@@ -48,21 +41,6 @@ def add_ends(ledger: Ledger, program: "Program") -> Ledger:
     reader = _EndsReader(program, ledger)
     rows = tuple(reader.add(row) for row in ledger)
     return dataclasses.replace(ledger, rows=rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operation:
-    """An operation of the traced program: the last name of its JAX path, its phase and its line."""
-
-    name: str
-    phase: str
-    source: Source | None
-
-    def __str__(self) -> str:
-        """Returns `dot_general at model.py:42 in attend`."""
-        if self.source is None:
-            return f"{self.name} of the update" if self.phase == "update" else self.name
-        return f"{self.name} at {self.source}"
 
 
 def declarations(leaves: Sequence[PlacedLeaf]) -> str:
@@ -75,12 +53,7 @@ class _EndsReader:
     def __init__(self, program: "Program", ledger: Ledger) -> None:
         self._program = program
         self._sources = Sources(program.hlo, program.module)
-        kinds = program.declared.kinds
-        stored = {"weights", "optimizer_state"}
-        self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
-        self._entries: dict[tuple[str, ...], Source | None] = {}
-        self._weights = weights_of_products(program)
-        self._constraint_lines = {one.source for one in program.declared.governing}
+        self._causes = Causes(program)
         self._reducing = {
             (row.computation, row.name, axis)
             for axis in program.batch_axes
@@ -113,104 +86,13 @@ class _EndsReader:
             nearest_maker(self._program.module, here, operand, self._tell),
         )
         wanted = self._wanted(row, operand, own, made)
-        source = self._cause(row, own, made, wanted, leaf)
-        odd = self._odd(row)
-        forced = source in self._constraint_lines and source != own
-        if odd is not None and self._causes(odd, row, source, own):
-            declared = odd.declared_by
-        elif forced:
+        source, declared = self._causes.find(
+            Transfer(row=row, own=own, leaf=leaf, made=made, wanted=wanted)
+        )
+        if not declared and source in self._causes.constraint_lines and source != own:
             declared = f"{_CONSTRAINT}{source}"
-        else:
-            declared = self._declaration(row, leaf, own) or self._other_end(row, wanted)
+        declared = declared or self._declaration(row, leaf, own) or self._other_end(row, wanted)
         return source, Ends(leaf.name if leaf else str(made or ""), str(wanted or ""), declared)
-
-    def _cause(
-        self,
-        row: LedgerRow,
-        own: Source | None,
-        made: "_Operation | None",
-        wanted: "_Operation | None",
-        leaf: PlacedLeaf | None,
-    ) -> Source | None:
-        """The line that causes a transfer.
-
-        For a gather that the compiler inserts that is the operation which wants the result, or the
-        constraint which forces that one's layout. Compilers name either side of it. A gradient that
-        is gathered for the update is split since an axis comes in elsewhere.
-        """
-        odd = self._odd(row)
-        if last_name(row.op_name) in EXPLICIT:
-            return own
-        if row.kind in REDUCING:
-            if odd is None or own is None or not self._sums(odd, row, own):
-                return own
-            read = self._weights.get((own.file, own.line), ())
-            return own if {*read} & {*odd.leaves} else odd.source
-        if odd is not None and not odd.either:
-            return odd.source
-        near = wanted.source if wanted and wanted.source else own
-        if made and made.phase in _COMPUTED and wanted:
-            near = self._entry(row.axes, wanted) or near
-        if near is None or set(row.axes) <= self._gathered:
-            return near
-        governing, batch_axes = self._program.declared.governing, self._program.batch_axes
-        of_param = leaf is not None and leaf.part == "params" and not batch_axes & set(row.axes)
-        found = find_governing(near, row.axes, governing, batch_axes, any_split=of_param)
-        for_loss = row.kind == "all-gather" and (not wanted or wanted.phase in _COMPUTED)
-        if found is None and made and made.source and for_loss:
-            found = find_governing(made.source, row.axes, governing, batch_axes)
-        # Nothing takes the whole of a dim: where one constraint alone splits it, that is the cause.
-        if found is None and made and made.phase in _COMPUTED and row.kind in _MOVED:
-            only = self._only_entry(row.axes)
-            found = only if only in self._constraint_lines else None
-        return found or (odd.source if odd else near)
-
-    def _odd(self, row: LedgerRow) -> OddDeclaration | None:
-        """The declaration that all others disagree with over axes of a row, if there is one.
-
-        Of several leaves that one rule is wrong for it is the one whose line the row has, or the
-        first. One of what is multiplied only if no other declaration is at odds over them.
-        """
-        over = [one for one in self._program.declared.odd if one.axes & {*row.axes}]
-        odd = [one for one in over if not one.either] or over
-        if len({one.source for one in odd}) > 1 and len(odd[0].beside) + 1 != len(odd):
-            return None
-        lines = {(line.file, line.line) for line in row.sources if line}
-        own = (one for one in odd if (one.source.file, one.source.line) in lines)
-        return next(own, next(iter(odd), None))
-
-    def _causes(
-        self, odd: OddDeclaration, row: LedgerRow, source: Source | None, own: Source | None
-    ) -> bool:
-        """Whether a declaration is why a row is sent from a line."""
-        if row.kind in REDUCING:
-            return own is not None and self._sums(odd, row, own)
-        return source == odd.source
-
-    def _sums(self, odd: OddDeclaration, row: LedgerRow, own: Source) -> bool:
-        """Whether a row reduces what a declaration alone makes a sum over devices."""
-        if odd.either:
-            return False
-        operands = [shape.dims for text in row.operands for shape in parse_shapes(text)]
-        return odd.makes_sum(own, operands, row.axes, self._program.sizes)
-
-    def _entry(self, axes: tuple[str, ...], wanted: "_Operation") -> Source | None:
-        """The line where axes come in, if what is sent over them is of no declaration at its ends.
-
-        That is so for gradients that the update takes whole, and for operands of a product where no
-        matrix is split over the axes.
-        """
-        product = wanted.name in PRODUCTS and not splits_matrix(self._program, axes)
-        if not product and wanted.phase != "update":
-            return None
-        entry = self._only_entry(axes)
-        # What needs the whole of an array that a constraint splits is at odds with the constraint.
-        return None if product and entry in self._constraint_lines else entry
-
-    def _only_entry(self, axes: tuple[str, ...]) -> Source | None:
-        if axes not in self._entries:
-            self._entries[axes] = find_entry(self._program, axes)
-        return self._entries[axes]
 
     def _argument(self, here: Computation, name: str) -> PlacedLeaf | None:
         """The argument of the step that an array is another form of; None if it is computed."""
@@ -222,8 +104,8 @@ class _EndsReader:
         return leaves[number] if number is not None and number < len(leaves) else None
 
     def _wanted(
-        self, row: LedgerRow, operand: str, own: Source | None, made: "_Operation | None"
-    ) -> "_Operation | None":
+        self, row: LedgerRow, operand: str, own: Source | None, made: Operation | None
+    ) -> Operation | None:
         """The operation that wants what a collective makes of an array.
 
         Compilers give a collective the line of either side: where it is not the maker's, it says
@@ -236,9 +118,9 @@ class _EndsReader:
         names = [fusion.name] if fusion is not sent else result_names(sent, operand, here)
 
         of_reader = own is not None and made is not None and made.source != own
-        unnamed = _Operation(last_name(row.op_name), phase_of(row.op_name), own)
+        unnamed = Operation(last_name(row.op_name), phase_of(row.op_name), own)
 
-        def tell(reader: Instruction, at: Computation) -> _Operation | None:
+        def tell(reader: Instruction, at: Computation) -> Operation | None:
             if of_reader and not reader.op_name and reader.opcode in _HLO_PRODUCTS:
                 return unnamed
             told = self._tell(reader, at)
@@ -264,7 +146,7 @@ class _EndsReader:
         own = [one for one in governing if (one.source.file, one.source.line) == line]
         return any(one.forbids(row.axes, batch_axes) for one in own)
 
-    def _tell(self, instruction: Instruction, here: Computation) -> "_Operation | None":
+    def _tell(self, instruction: Instruction, here: Computation) -> Operation | None:
         """What an instruction is, if it has a JAX path; a constraint of the step's own is none."""
         if not instruction.op_name or instruction.opcode == "get-tuple-element":
             return None
@@ -272,9 +154,9 @@ class _EndsReader:
         source = self._sources.of(instruction, here)
         of_step = source is None or OF_THE_STEP in instruction.op_name
         silent = of_step and name in CONSTRAINTS
-        return None if silent else _Operation(name, phase, source)
+        return None if silent else Operation(name, phase, source)
 
-    def _other_end(self, row: LedgerRow, wanted: "_Operation | None") -> str:
+    def _other_end(self, row: LedgerRow, wanted: Operation | None) -> str:
         """What declares the layout that an array is moved for; "" where that is not certain.
 
         An activation is gathered for a product since the weight is split otherwise. What the update
@@ -283,7 +165,7 @@ class _EndsReader:
         if row.kind in REDUCING:
             return ""
         if wanted and wanted.source and wanted.name in PRODUCTS:
-            weights = self._weights.get((wanted.source.file, wanted.source.line), ())
+            weights = self._causes.weights.get((wanted.source.file, wanted.source.line), ())
             leaves = [leaf for leaf in weights if set(row.axes) <= set(leaf.axes())]
             return declarations(leaves) if len(leaves) == 1 else ""
         if row.phase != "update":

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
+# Collectives that the loss itself asks for.
+EXPLICIT = frozenset(
+    """all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast psum
+    psum_invariant psum_scatter ragged_all_to_all reduce_scatter""".split()
+)
 _AVERAGING = ("mul", "add", "sub")
 _FORMS = ("convert_element_type", "transpose")
 Line = tuple[str, int]
@@ -54,20 +59,19 @@ def find_entry(program: "Program", axes: Sequence[str]) -> Source | None:
     return next((next(iter(of.values())) for of in (found, spread) if len(of) == 1), None)
 
 
-def find_first_reader(jaxpr: core.Jaxpr, argument: Any) -> tuple[Source, str] | None:
-    """The line that first reads an argument of a traced step, and the name of its operation.
+def find_readers(jaxpr: core.Jaxpr, argument: Any) -> list[tuple[Source, str]]:
+    """The lines that read an argument of a traced step, with the names of their operations.
 
-    Constraints are passed over: convolutions have some of the step's own. So is what computes an
-    average of a matrix, where something else reads it too.
+    The first one comes first. Constraints are passed over: convolutions have some of the step's
+    own. So is what computes an average of a matrix, where something else reads it too.
     """
     readers = [
-        one for one in _readers(jaxpr, {argument: 0}) if one[0].primitive.name not in CONSTRAINTS
+        (one[1], one[0].primitive.name)
+        for one in _readers(jaxpr, {argument: 0})
+        if one[0].primitive.name not in CONSTRAINTS
     ]
-    others = (
-        one for one in readers if argument.aval.ndim < 2 or one[0].primitive.name not in _AVERAGING
-    )
-    first = next(others, next(iter(readers), None))
-    return first and (first[1], first[0].primitive.name)
+    others = [one for one in readers if argument.aval.ndim < 2 or one[1] not in _AVERAGING]
+    return others or readers
 
 
 def splits_matrix(program: "Program", axes: Sequence[str]) -> bool:

@@ -62,6 +62,7 @@ class OddDeclaration:
       layout: mesh axes that split each dim where the others decide; None of a dim left open.
       sums: products and sums over a dim that it alone splits over these axes: file, line, and the
         shape of the result.
+      readers: the lines that read the leaf, `source` among them; () of a constraint.
       leaves: those of the parameters, the model state or the batch that it lays out; () of a
         constraint.
       either: they are matrices of which another one, that disagrees, can be changed as well.
@@ -74,20 +75,15 @@ class OddDeclaration:
     shape: tuple[int, ...]
     layout: tuple[tuple[str, ...] | None, ...]
     sums: frozenset[tuple[str, int, tuple[int, ...]]]
+    readers: frozenset[Line] = frozenset()
     leaves: tuple[PlacedLeaf, ...] = ()
     either: bool = False
     beside: tuple["OddDeclaration", ...] = ()
 
-    def layouts(
-        self, sizes: Mapping[str, int]
-    ) -> dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]]:
-        """By part of the step, such as `"params"`, what its leaves would be on a mesh."""
-        parts: dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]] = {}
-        for one in (self, *self.beside):
-            dims = tuple(axes or () for axes in one.dims(sizes))
-            for leaf in one.leaves:
-                parts.setdefault(leaf.part, {})[leaf] = dims
-        return parts
+    @property
+    def together(self) -> tuple[str, ...]:
+        """What it is, and those beside it."""
+        return tuple(sorted(one.declared_by for one in (self, *self.beside)))
 
     def makes_sum(
         self,
@@ -116,6 +112,34 @@ class OddDeclaration:
             used |= {*kept}
             dims.append(None if axes is None else tuple(kept))
         return tuple(dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitDim:
+    """A dim that an operation needs whole, or sums over devices.
+
+    Attributes:
+      source: the operation's line.
+      axis: the mesh axis that splits it.
+      declarations: all that split it so, each with a layout of its own in which the axis splits
+        another dim of the operation, or none.
+    """
+
+    source: Source
+    axis: str
+    declarations: tuple[OddDeclaration, ...]
+
+
+def layouts_of_others(
+    declarations: Iterable[OddDeclaration], sizes: Mapping[str, int]
+) -> dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]]:
+    """By part of the step, as `"params"`, the leaves of declarations as they would be on a mesh."""
+    parts: dict[str, dict[PlacedLeaf, tuple[tuple[str, ...], ...]]] = {}
+    for one in (one for first in declarations for one in (first, *first.beside)):
+        dims = tuple(axes or () for axes in one.dims(sizes))
+        for leaf in one.leaves:
+            parts.setdefault(leaf.part, {})[leaf] = dims
+    return parts
 
 
 def find_governing(

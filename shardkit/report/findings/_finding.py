@@ -10,6 +10,9 @@ from ..communication._ledger import Ledger, LedgerRow
 
 # A collective of up to 1 KiB costs its latency, whatever its dtype.
 SMALL = 1024
+# What `try_fixes` compiles: the layout of all other declarations, that of the parameters, or one
+# that splits another dim.
+AGREE, FOLLOW, MOVE = "agree", "follow", "move"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Finding:
         `source` computes), `"agree"` (the layout that all other declarations have), `"follow"` (the
         layout of the parameters for their moments), `"shard_map"` (the mode), `"end"` (one
         reduction per step) or `"owners"` (matrices of the optimizer).
+      declarations: those that the fix changes, `PathRules["**/w"] of params/w`: which all others
+        disagree with, or, of `"move"`, which split a dim that an operation needs; else ().
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 
@@ -44,6 +49,7 @@ class Finding:
     source: Source | None = None
     rows: tuple[int, ...] = ()
     alternatives: tuple[str, ...] = ()
+    declarations: tuple[str, ...] = ()
     remaining: int | None = None
 
     def __str__(self) -> str:
@@ -61,10 +67,21 @@ def named_shares(ledger: Ledger, findings: Sequence[Finding]) -> list[float]:
     """Share of each row of the ledger that findings are about, at most 1."""
     shares = [0.0] * len(ledger)
     for finding in findings:
-        wire = sum(ledger[number].wire_bytes for number in finding.rows)
-        for number in finding.rows if wire else ():
-            shares[number] = min(1.0, shares[number] + finding.bytes / wire)
+        sent = {n: ledger[n].wire_bytes * _declared_share(ledger[n], finding) for n in finding.rows}
+        for number, size in sent.items():
+            own = (
+                size / ledger[number].wire_bytes * finding.bytes / sum(sent.values()) if size else 0
+            )
+            shares[number] = min(1.0, shares[number] + own)
     return shares
+
+
+def _declared_share(row: LedgerRow, finding: Finding) -> float:
+    """Share of a row in the arrays that a finding's declarations cause; 1 where it has none."""
+    sizes = row.operand_bytes
+    parts = zip(sizes, row.ends, strict=True) if AGREE in finding.alternatives and row.ends else ()
+    caused = sum(size for size, end in parts if end.declared_by in finding.declarations)
+    return caused / sum(sizes) if caused else 1.0
 
 
 def bytes_by_source(rows: Iterable[tuple[LedgerRow, float]]) -> dict[Source, float]:

@@ -12,7 +12,7 @@ from ..communication._reductions import (
     repeats_reductions,
 )
 from ..hlo._hlo import aliased_parameters, dtype_bits
-from ._finding import SMALL, Finding, about_rows
+from ._finding import AGREE, FOLLOW, SMALL, Finding, about_rows
 from ._idle import (
     idle_axis,
     idle_options,
@@ -22,7 +22,7 @@ from ._idle import (
     unused_rules,
 )
 from ._miscompiled import miscompiled
-from ._odd_declarations import AGREE, correct_declarations
+from ._odd_declarations import correct_declarations
 from ._other_rows import OF_OTHER_ROWS, find_of_other_rows
 from ._spec_mismatches import (
     involuntary_remats,
@@ -34,11 +34,17 @@ from ._spec_mismatches import (
 
 
 def find_findings(program: Program) -> tuple[Finding, ...]:
-    """Runs every search; first what a declaration that is alone causes, then the most bytes."""
+    """Runs every search; first what one declaration is the cause of, then the most bytes."""
     findings = [finding for search in _SEARCHES.values() for finding in search(program)]
     findings += find_of_other_rows(program, findings)
     findings = list(correct_declarations(program, findings))
-    return tuple(sorted(findings, key=lambda one: (AGREE not in one.alternatives, -one.bytes)))
+    return tuple(sorted(findings, key=lambda one: (not _is_certain(one), -one.bytes)))
+
+
+def _is_certain(finding: Finding) -> bool:
+    """Whether all other declarations, or those of the parameters, disagree with what it sends."""
+    memory = not finding.rows and FOLLOW in finding.alternatives
+    return bool({AGREE, FOLLOW} & {*finding.alternatives}) and not memory
 
 
 def _unaliased_donation(program: Program) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..hlo._scope import scope_of
-from ._finding import Finding
+from ._finding import FOLLOW, Finding
 
 # Smaller constants are usually tables of the model, such as rotary frequencies.
 _LARGE_CONSTANT = 2**20
@@ -104,21 +104,27 @@ def replicated_optimizer_state(program: Program) -> Iterator[Finding]:
 
 
 def _unsplit_moments(program: Program) -> Iterator[Finding]:
-    """Optimizer state that is whole over an axis which splits its parameter."""
+    """Optimizer state that is whole over axes which split its parameter, by its rule."""
+    whole: dict[tuple[str, tuple[str, ...]], list[tuple[PlacedLeaf, PlacedLeaf]]] = {}
     for leaf, own in program.moments.items():
-        axes = [axis for axis in own.axes() if axis not in leaf.axes()]
+        axes = tuple(axis for axis in own.axes() if axis not in leaf.axes())
         if axes:
-            ways = math.prod(program.sizes[axis] for axis in axes)
-            size = leaf.device_bytes(program.sizes)
-            yield Finding(
-                "replicated_optimizer_state",
-                leaf=leaf.name,
-                axes=tuple(axes),
-                bytes=size * (ways - 1) // ways,
-                why=f"{', '.join(axes)} splits {own.name} and not {leaf.leaf}, so that the "
-                "update gathers what it computes of it",
-                fix="no opt_state= for it: optimizer state follows its parameter",
-            )
+            whole.setdefault((leaf.declared_by, axes), []).append((leaf, own))
+    for (rule, axes), leaves in whole.items():
+        ways = math.prod(program.sizes[axis] for axis in axes)
+        size = sum(leaf.device_bytes(program.sizes) for leaf, _ in leaves)
+        leaf, own = max(leaves, key=lambda one: one[0].device_bytes(program.sizes))
+        more = f" and {len(leaves) - 1} more like it" if leaves[1:] else ""
+        yield Finding(
+            "replicated_optimizer_state",
+            leaf=leaf.name,
+            axes=axes,
+            bytes=size * (ways - 1) // ways,
+            why=f"{', '.join(axes)} splits {own.name} and not {leaf.leaf}{more}, by {rule}, so "
+            "that the update gathers what it computes of it",
+            fix="no opt_state= for it: optimizer state follows its parameter",
+            alternatives=(FOLLOW,),
+        )
 
 
 def replicated_model_state(program: Program) -> Iterator[Finding]:

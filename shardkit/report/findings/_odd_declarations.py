@@ -1,65 +1,150 @@
 """What to change where all other declarations disagree with one: that one, to their layout."""
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ..._core.source import Source
+from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
-from ..communication._governing import OddDeclaration
+from ..communication._governing import OddDeclaration, SplitDim, layouts_of_others
 from ..communication._ledger import Ledger
-from ._finding import Finding
+from ._finding import AGREE, MOVE, Finding, bytes_by_source
 from ._messages import format_spec
 
-AGREE = "agree"
 # What says of an array that it is moved, or kept whole, and not what to do with both its layouts.
 _KINDS = frozenset(
     """parameter_gather resharding dim_gather product_gather activation_gather gradient_gather
-    stored_contraction split_contraction replicated_activation""".split()
+    stored_contraction split_contraction spec_mismatch replicated_activation""".split()
 )
 _WHY = "which all other declarations agree with"
 
 
 def correct_declarations(program: Program, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The findings; those of what such a declaration causes have its layout as their fix."""
+    """The findings; of all that one such declaration sends there is one, its layout as the fix."""
+    caused: dict[tuple[str, ...], list[tuple[Finding, OddDeclaration]]] = {}
     for finding in findings:
-        odd = find_blamed(finding, program.ledger, program.declared.odd)
+        odd = _find_blamed(finding, program.ledger, program.declared.odd)
         if odd is None:
-            yield finding
-        else:
-            fix = _suggest_layout(odd, program)
-            yield dataclasses.replace(finding, fix=fix, alternatives=(AGREE,))
+            yield _with_another_dim(finding, program)
+        elif finding.rows:
+            caused.setdefault(odd.together, []).append((finding, odd))
+        else:  # what it keeps in memory
+            yield _with_layouts(finding, [odd], program)
+    others = {one.together: one for one in program.declared.odd if not one.either}
+    others = {names: one for names, one in others.items() if names not in caused}
+    for found in sorted(caused.values(), key=lambda found: -sum(one.bytes for one, _ in found)):
+        finding, odd = _join(found)
+        # What several cause together is sent at the lines of one.
+        also = [one for one in others.values() if one.axes & odd.axes]
+        others = {names: one for names, one in others.items() if one not in also}
+        yield _with_layouts(finding, [odd, *also], program)
 
 
-def find_blamed(
+def _with_layouts(finding: Finding, odd: Sequence[OddDeclaration], program: Program) -> Finding:
+    return dataclasses.replace(
+        finding,
+        source=_find_line(finding, odd[0], program),
+        fix=f"{' and '.join(_suggest_layouts(odd, program))}, {_WHY}",
+        alternatives=(AGREE,),
+        declarations=tuple(name for one in odd for name in one.together),
+    )
+
+
+def _with_another_dim(finding: Finding, program: Program) -> Finding:
+    """The finding; of a dim that an operation of its line needs, with what splits another one."""
+    of = find_split_dim(finding, program.declared.split_dims)
+    tried = finding.alternatives or not finding.rows or finding.kind not in _KINDS
+    if of is None or tried:
+        return finding
+    return dataclasses.replace(
+        finding,
+        fix=f"{' and '.join(_suggest_layouts(of.declarations, program))}, so that what is "
+        f"computed at {of.source} has all of the dim that {of.axis} splits",
+        alternatives=(MOVE,),
+        declarations=tuple(one.declared_by for one in of.declarations),
+    )
+
+
+def find_split_dim(finding: Finding, split_dims: Iterable[SplitDim]) -> SplitDim | None:
+    """The dim of the largest arrays, of those that an operation of a finding's line needs whole.
+
+    Compilers can give a gather the line before. So it is the only one of the step, too.
+    """
+    at = finding.source
+    line = at and (at.file, at.line)
+    split = [one for one in split_dims if one.axis in finding.axes]
+    here = [one for one in split if (one.source.file, one.source.line) == line]
+    if not here and len({(one.source, one.declarations) for one in split}) == 1:
+        here = split
+    sizes = {one: sum(math.prod(of.shape) for of in one.declarations) for one in here}
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _find_line(finding: Finding, odd: OddDeclaration, program: Program) -> Source:
+    """The line of the constraint; of a leaf the one, of those that read it, that sends the most."""
+    rows = (program.ledger[number] for number in finding.rows)
+    lines = bytes_by_source((row, row.wire_bytes) for row in rows)
+    read = (line for line in lines if (line.file, line.line) in odd.readers)
+    return next(read, odd.source)
+
+
+def _join(
+    found: Sequence[tuple[Finding, OddDeclaration]],
+) -> tuple[Finding, OddDeclaration]:
+    """One finding of what several say of one declaration, that with the most bytes first."""
+    (largest, odd), *_ = sorted(found, key=lambda one: -one[0].bytes)
+    findings = [one for one, _ in found]
+    others = [one for one in findings if one is not largest]
+    by_kind: dict[str, list[int]] = {}
+    for one in others:
+        by_kind.setdefault(one.kind, []).append(one.bytes)
+    beside = (
+        f"{f'{len(sizes)} × ' if len(sizes) > 1 else ''}{kind}, {format_bytes(sum(sizes))}"
+        for kind, sizes in by_kind.items()
+    )
+    joined = dataclasses.replace(
+        largest,
+        bytes=sum(one.bytes for one in findings),
+        rows=tuple(dict.fromkeys(row for one in (largest, *others) for row in one.rows)),
+        why=largest.why + (f"; beside it {'; '.join(beside)}" if others else ""),
+    )
+    return joined, odd
+
+
+def _find_blamed(
     finding: Finding, ledger: Ledger, declarations: Iterable[OddDeclaration]
 ) -> OddDeclaration | None:
     """The declaration that causes what a finding says; None if none of these does."""
     if finding.kind not in _KINDS:
         return None
     rows = [ledger[number] for number in finding.rows]
-    declared = {end.declared_by for row in rows for end in row.ends}
-    for odd in declarations:
+    declared = Counter(end.declared_by for row in rows for end in row.ends)
+    named = [
+        odd
+        for odd in declarations
         # What is kept in the layout that a constraint forces is of no collective.
-        named = odd.declared_by in declared or not (finding.rows or odd.leaves)
-        at_line = odd.source == finding.source or odd.leaves
-        if named and at_line and odd.axes & {*finding.axes}:
-            return odd
-    return None
+        if (odd.declared_by in declared or not (finding.rows or odd.leaves))
+        and (odd.source == finding.source or odd.leaves)
+        and (odd.axes & {*finding.axes} or not odd.leaves)
+    ]
+    return max(named, key=lambda odd: declared[odd.declared_by], default=None)
 
 
-def _suggest_layout(odd: OddDeclaration, program: Program) -> str:
-    if not odd.leaves:
-        dims = odd.dims(program.sizes)
+def _suggest_layouts(odd: Sequence[OddDeclaration], program: Program) -> Iterator[str]:
+    """The code of each constraint and of each part of the step."""
+    for one in (one for one in odd if not one.leaves):
+        dims = one.dims(program.sizes)
         spec = format_spec([axes for axes in dims if axes is not None])
-        return f"{spec} in the constraint at {odd.source}, {_WHY}"
+        yield f"{spec} in the constraint at {one.source}"
     known = {leaf: leaf.dims() for leaf in program.leaves if leaf.part == "batch"}
-    code = (
-        f"batch={_rules(known | dims)}"
-        if part == "batch"
-        else f"{part}=sk.first_match({_rules(dims)}, strategy.{part})"
-        for part, dims in odd.layouts(program.sizes).items()
-    )
-    return f"{' and '.join(code)}, {_WHY}"
+    for part, dims in layouts_of_others(odd, program.sizes).items():
+        if part == "batch":
+            yield f"batch={_rules(known | dims)}"
+        else:
+            yield f"{part}=sk.first_match({_rules(dims)}, strategy.{part})"
 
 
 def _rules(layouts: Mapping[PlacedLeaf, Sequence[Sequence[str]]]) -> str:

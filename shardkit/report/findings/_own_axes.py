@@ -18,8 +18,7 @@ from jax.extend import core
 from ..._core.equations import source_of_equation
 from ..._core.tracing import equations
 from .._program import Program
-from ..communication._ends import PRODUCTS
-from ..communication._entries import splits_matrix
+from ..communication._entries import PRODUCTS, splits_matrix
 from ..communication._ledger import LedgerRow
 from ..communication._reductions import REDUCING
 from ..hlo._hlo import parse_shapes
@@ -31,6 +30,7 @@ from ._row_axes import (
     Part,
     activation_parts,
     build_finding,
+    find_odd,
     is_moved,
     is_odd,
 )
@@ -71,7 +71,9 @@ def gradient_gathers(program: Program, claimed: Collection[int]) -> Iterator[Fin
         names = ", ".join(axes)
         what = f"of gradients, computed in parts over {names} and gathered: their parameters are "
         what += "whole, and something that they are computed from is split"
-        finding = _at_largest(build_finding(program, "gradient_gather", axes, parts, what), parts)
+        finding = _at_largest(
+            program, build_finding(program, "gradient_gather", axes, parts, what), parts
+        )
         if finding is not None:
             fix = f"a rule that splits these parameters over {names} like their gradients, or "
             fix += f"another layout of what is read{_at(finding)}, where {names} comes in"
@@ -89,16 +91,24 @@ def split_contractions(program: Program, claimed: Collection[int]) -> Iterator[F
         what += "than the activations multiplied"
         if any(is_odd(row, index, program) for _, row, index in parts):
             what = f"of products and sums over a dim that one declaration alone splits over {names}"
-        finding = _at_largest(build_finding(program, "split_contraction", axes, parts, what), parts)
+        finding = _at_largest(
+            program, build_finding(program, "split_contraction", axes, parts, what), parts
+        )
         if finding is not None:
             fix = f"a rule that splits what is multiplied{_at(finding)} over {names} along a dim "
             yield dataclasses.replace(finding, fix=fix + "that the product keeps, in place of this")
 
 
-def _at_largest(finding: Finding | None, parts: Sequence[Part]) -> Finding | None:
-    """The finding with the line that sends the most, in place of the first one of the step."""
+def _at_largest(program: Program, finding: Finding | None, parts: Sequence[Part]) -> Finding | None:
+    """The finding with the line that sends the most, in place of the first one of the step.
+
+    Of what a constraint causes it is the constraint's.
+    """
+    odd = find_odd(*parts[0][1:], program)
+    if finding is None or (odd is not None and not odd.leaves):
+        return finding
     lines = bytes_by_source((row, row.wire_bytes) for _, row, _ in parts)
-    return finding and dataclasses.replace(finding, source=next(iter(lines), None))
+    return dataclasses.replace(finding, source=next(iter(lines), None))
 
 
 def _at(finding: Finding) -> str:
@@ -115,7 +125,7 @@ def _gathers(
     for axes, parts in activation_parts(program, claimed, wanted, over):
         names = ", ".join(axes)
         text = f"of activations {what}, over {names}"
-        finding = _at_largest(build_finding(program, kind, axes, parts, text), parts)
+        finding = _at_largest(program, build_finding(program, kind, axes, parts, text), parts)
         if finding is not None:
             yield names, finding
 

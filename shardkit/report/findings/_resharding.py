@@ -7,12 +7,12 @@ from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..communication._ledger import LedgerRow
 from ..hlo._hlo import parse_shapes
-from ._finding import SMALL, Finding, about_rows
+from ._finding import FOLLOW, SMALL, Finding, about_rows
 from ._messages import format_spec
 from ._row_axes import COMPUTING, row_axes
 from ._spec_mismatches import format_leaf
 
-FOLLOW = "follow"
+_MOVED = {"all-to-all": "resharded from one dim to another", "all-gather": "gathered whole"}
 
 
 def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
@@ -20,7 +20,8 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
     groups: dict[tuple[tuple[str, ...], str, str], list[LedgerRow]] = {}
     declared, own = program.declared, row_axes(program)
     for number, row in enumerate(program.ledger):
-        if row.kind != "all-to-all" or number in claimed or row.by_optimizer:
+        moved = row.kind == "all-to-all" or _gathers_for_moments(row, program)
+        if not moved or number in claimed or row.by_optimizer:
             continue
         if "all_to_all" in row.op_name or row.payload_bytes <= SMALL:
             continue
@@ -41,7 +42,7 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
             **about_rows(program.ledger, rows),
-            why=f"{times}{rows[0].operands[0]} is resharded from one dim to another over "
+            why=f"{times}{rows[0].operands[0]} is {_MOVED[rows[0].kind]} over "
             f"{', '.join(axes)}: "
             + (specs or "its producer and its consumer are split differently")
             + _declarations(rows),
@@ -50,6 +51,13 @@ def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
             else "constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
             alternatives=(FOLLOW,) if moments else (),
         )
+
+
+def _gathers_for_moments(row: LedgerRow, program: Program) -> bool:
+    """Whether the update gathers what the parameters are split over and their moments are not."""
+    if row.kind != "all-gather" or row.phase != "update":
+        return False
+    return any({*row.axes} <= {*own.axes()} for own in program.own_layouts(row.axes).values())
 
 
 def _declarations(rows: Sequence[LedgerRow]) -> str:

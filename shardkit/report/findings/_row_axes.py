@@ -20,7 +20,8 @@ from ..._core.tracing import equations
 from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
-from ..communication._ends import EXPLICIT, PRODUCTS
+from ..communication._entries import EXPLICIT, PRODUCTS
+from ..communication._governing import OddDeclaration
 from ..communication._ledger import LedgerRow
 from ..communication._minimum import axis_wire_bytes, judging_kinds, weight_axes
 from ..communication._reductions import (
@@ -158,7 +159,13 @@ def is_moved(row: LedgerRow, index: int, program: Program) -> bool:
 
 def is_odd(row: LedgerRow, index: int, program: Program) -> bool:
     """Whether a declaration that all others disagree with causes a part of a row."""
-    return row.ends[index].declared_by in {odd.declared_by for odd in program.declared.odd}
+    return find_odd(row, index, program) is not None
+
+
+def find_odd(row: LedgerRow, index: int, program: Program) -> OddDeclaration | None:
+    """The declaration that all others disagree with and that causes a part of a row, if any."""
+    declared = row.ends[index].declared_by
+    return next((odd for odd in program.declared.odd if odd.declared_by == declared), None)
 
 
 def is_contracted(row: LedgerRow, index: int, program: Program) -> bool:
@@ -211,8 +218,8 @@ def build_finding(
         for _, row, index in parts
     ]
     sent = sum(size for _, size, _ in shares)
-    odd = any(is_odd(row, index, program) for _, row, index in parts)
-    if sent <= SMALL or (sent < _WORTH * _minimum(program, axes) and not odd):
+    odd = find_odd(parts[0][1], parts[0][2], program)  # of one declaration, or of none
+    if sent <= SMALL or (sent < _WORTH * _minimum(program, axes) and odd is None):
         return None
     lines = bytes_by_source((row, size) for row, size, _ in shares)
     largest, _, index = max(shares, key=lambda one: one[1])
@@ -223,7 +230,7 @@ def build_finding(
         axes=axes,
         bytes=round(sent),
         rows=tuple(dict.fromkeys(number for number, _, _ in parts)),
-        source=_first_line(program, axes, lines),
+        source=_first_line(program, axes, lines) if odd is None or odd.leaves else odd.source,
         why=f"{len(parts)} × {largest.kind} {what}; the largest is {largest.operands[index]}, "
         f"{largest.ends[index]}" + (f"; by line: {', '.join(listed)}" if listed else ""),
         fix="",

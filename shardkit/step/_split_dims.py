@@ -1,0 +1,77 @@
+"""Finds the dims that an operation needs whole and that declarations split.
+
+All declarations can agree on a layout that costs much. On mesh (data=2, tensor=4):
+
+    scores = x @ table.T       table[vocab, embed]: P(None, 'tensor'): [rows, vocab] is summed
+    best = jnp.sort(h, -1)     h = x @ w, w: P(None, 'tensor'): the columns of h are moved
+
+The product keeps the dim `vocab` of the table, which can be split instead. The sort keeps no other
+dim of `w`, which can be whole. So can what a constraint splits that nothing else does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from .._core.source import Source
+from ..report import OddDeclaration, PlacedLeaf, SplitDim
+from ._disagreements import Axes, Disagreements, SplitClass
+
+
+class DeclaredLayout(NamedTuple):
+    """What a constraint, or the rule of leaves, says of an array.
+
+    Attributes:
+      text: what it is.
+      variable: the array.
+      dims: mesh axes per dim; None of a dim left open.
+      leaves: those of the rule; () of a constraint.
+      source: the line of a constraint.
+    """
+
+    text: str
+    variable: Any
+    dims: Sequence[Axes | None]
+    leaves: tuple[PlacedLeaf, ...] = ()
+    source: Source | None = None
+
+    def change(self, at: Source, axis: str, layout: tuple[Axes | None, ...]) -> OddDeclaration:
+        """What it would say instead."""
+        return OddDeclaration(
+            self.source or at,
+            frozenset({axis}),
+            self.text,
+            shape=cast(Any, self.variable).aval.shape,
+            layout=layout,
+            sums=frozenset(),
+            leaves=self.leaves,
+        )
+
+
+def find_split_dims(
+    disagreements: Disagreements, declarations: Mapping[Any, DeclaredLayout]
+) -> Iterator[SplitDim]:
+    """Yields the split dims of each line, with another layout of all that split them."""
+    for split in disagreements.find_split():
+        if not split.users <= declarations.keys():
+            continue
+        users = [one for who, one in declarations.items() if who in split.users]
+        classes = [disagreements.classes_of(one.variable, one.dims) for one in users]
+        to = next((one for one in split.kept if all(one in roots for roots in classes)), None)
+        changed = []
+        for one, roots in zip(users, classes, strict=True):
+            dims = zip(roots, one.dims, strict=True)
+            layout = tuple(_move(split, to, root, axes) for root, axes in dims)
+            changed.append(one.change(split.source, split.axis, layout))
+        yield SplitDim(split.source, split.axis, tuple(changed))
+    for one in declarations.values():
+        for axis in {axis for axes in one.dims for axis in axes or () if one.source}:
+            layout = (axes and tuple(a for a in axes if a != axis) for axes in one.dims)
+            at = cast(Source, one.source)
+            yield SplitDim(at, axis, (one.change(at, axis, tuple(layout)),))
+
+
+def _move(split: SplitClass, to: int | None, root: int, axes: Axes | None) -> Axes | None:
+    if axes is None:
+        return None
+    left = tuple(axis for axis in axes if axis != split.axis or root != split.root)
+    return (*left, split.axis) if root == to else left
