@@ -134,9 +134,10 @@ def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any)
         return _split_states(module, trainable)
 
     # `nnx.eval_shape` makes a module of shapes, in which flax finds no arrays without a variable.
-    flat = map(_flatten, jax.eval_shape(make))
+    params, streams, model_state = map(_flatten, jax.eval_shape(make))
     graph, selected = built[-1]
-    return _Template(graph, *flat, frozenset("/".join(map(str, path)) for path, _ in selected))
+    trained = frozenset("/".join(map(str, path)) for path, _ in selected)
+    return _Template(graph, params, streams, model_state, trained)
 
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
