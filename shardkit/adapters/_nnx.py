@@ -18,7 +18,7 @@ from flax.errors import TraceContextError
 from .._core.errors import Problem, ShardingError, StepError, first_line, raise_all
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ._arguments import check_model, loss_problems, maker_problems
-from ._model import Model, accept_key, nest, pad_axes, split_loss_output
+from ._model import Model, accept_key, check_state_is_given, nest, pad_axes, split_loss_output
 from ._nnx_scopes import named_scopes
 
 # An attribute that is a bare array, as a table of positions, has no variable around it.
@@ -92,11 +92,8 @@ def from_nnx(
         return run(False, params, batch, key, model_state)
 
     def bind(params: Params, model_state: Any = None) -> nnx.Module:
-        if template.model_state and model_state is None:
-            names = ", ".join("/".join(map(str, path)) for path, _ in template.model_state[:3])
-            why = f"has arrays of the module beside its parameters: {names}"
-            fix = "model.bind(state.params, state.model_state)"
-            raise StepError.of("The module cannot be bound.", "model_state", why, fix)
+        paths = ["/".join(map(str, path)) for path, _ in template.model_state]
+        check_state_is_given(model_state, paths)
         module = template.merge(params, model_state, jax.random.key(0))
         module.eval()
         return module
