@@ -86,19 +86,25 @@ def halves(x, w):
     return jnp.tanh(x @ w[:, :8]) @ w[:, 8:]
 
 
+def gates(x, w):
+    """Halves of an activation, which the partitioner moves along its columns by shifts."""
+    up, gate = jnp.split(x @ w, 2, -1)
+    return (up * jax.nn.silu(gate)) @ w[:, 8:]
+
+
 def turns(x, w):
     """A recurrence: its residuals are stacked over the turns."""
     body = lambda i, z: jnp.tanh(z @ w[:, :8] / 4 + x)  # noqa: E731
     return jax.lax.fori_loop(0, 3, body, jnp.zeros_like(x))
 
 
-def halves_step(loss_of, rows, **options):
+def halves_step(loss_of, rows, names=NAMES, **options):
     return sk.compile_step(
         loss_of,
         optax.sgd(0.1),
         init=lambda key: {"w": jax.random.normal(key, (8, 16)) / 2},
         batch=rows,
-        mesh=build_mesh(NAMES),
+        mesh=build_mesh(names),
         strategy=sk.Strategy(
             params=sk.PathRules({"w": P("fsdp", "tensor")}), batch=P(("data", "fsdp"))
         ),
@@ -124,6 +130,15 @@ def test_micro_batches_are_right_in_any_order_of_rows(model, count):
     step = halves_step(lambda p, rows, key: jnp.mean(model(rows, p["w"]) ** 2), rows, accumulate=4)
     assert gap_of_gradient(step, model, rows) < 1e-4
     assert step.layout.shard_axes == ("fsdp", "data")
+
+
+@pytest.mark.parametrize("names", [("fsdp", "tensor", "data"), pytest.param(NAMES, marks=SLOW)])
+def test_halves_of_an_activation_are_reported_exactly_when_they_are_wrong(names):
+    rows = RNG.normal(size=(16, 8)).astype("f")
+    loss_of = lambda p, rows, key: jnp.mean(gates(rows, p["w"]) ** 2)  # noqa: E731
+    step = halves_step(loss_of, rows, names=names, on_miscompiled="report")
+    found = [f for f in step.report().findings if f.kind == "miscompiled"]
+    assert bool(found) == (gap_of_gradient(step, gates, rows) > 1e-3)
 
 
 @pytest.mark.parametrize("model", [halves, pytest.param(turns, marks=SLOW)])

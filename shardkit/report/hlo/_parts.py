@@ -129,8 +129,8 @@ def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
     Such an order leaves the first and the last device in place. A shift along a dim, which a model
     asks for, does not: what it moves belongs to other indices than before.
     """
-    if dim == ANYWHERE:
-        return dim
+    if dim == ANYWHERE or (dim and all(dim[a] == dim[b] for a, b in pairs)):
+        return dim  # a shift of a half along another dim; who gets nothing has zeros
     source = {int(target): int(sender) for sender, target in pairs}
     last = len(source) - 1
     if dim is None or last != len(dim) - 1 or (source[0], source[last]) != (0, last):
