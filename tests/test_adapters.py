@@ -205,6 +205,52 @@ def test_an_nnx_model_trains_as_flax_trains_it(mesh):
         np.testing.assert_allclose(got, want[...], rtol=1e-4, atol=1e-6)
 
 
+class Tables(nnx.Module):
+    """Arrays without a variable: tables, a mask of numpy's, random features, in lists and dicts."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.WeightNorm(nnx.Linear(6, 6, rngs=rngs), rngs=rngs)
+        self.table = jnp.cos(jnp.arange(6.0))
+        self.mask = np.tril(np.ones((6, 6), bool))
+        self.features = nnx.List([jax.random.normal(rngs.params(), (6, 4)), 0.5])
+
+    def __call__(self, x):
+        features, scale = self.features
+        return scale * (self.dense(x) * self.table) @ jnp.where(self.mask, 1.0, 0.0) @ features
+
+
+@pytest.mark.parametrize("mode", [pytest.param("auto", marks=pytest.mark.slow), "shard_map"])
+def test_arrays_of_an_nnx_module_without_a_variable_are_state(mode):
+    model = sk.from_nnx(Tables, lambda net, batch: cross_entropy(net(batch["x"]), batch))
+    mesh = sk.MeshSpec(data=2).build(devices=jax.devices()[:2])
+    data = sk.Strategy(params=sk.REPLICATED, batch=P("data"))
+    step = compiled(model, mesh, data, mode=mode, accumulate=2)
+    state = step.init(jax.random.key(0))
+    params, model_state = jax.tree.map(np.asarray, (state.params, state.model_state))
+    assert {"table", "mask", "features"} <= set(model_state)
+    dense = params["dense"]["layer_instance"]
+    table, mask, features = model_state["table"], model_state["mask"], model_state["features"]["0"]
+
+    def by_hand(dense):
+        kernel = dense["kernel"] / jnp.linalg.norm(dense["kernel"], axis=0)
+        y = (BATCH["x"] @ kernel + dense["bias"]) * table
+        return cross_entropy(0.5 * y @ mask.astype("f") @ features, BATCH)[0]
+
+    expected, gradient = jax.value_and_grad(by_hand)(dense)
+    after, metrics = step(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, dense, gradient)
+    for got, want in zip(
+        jax.tree.leaves(after.params["dense"]["layer_instance"]),
+        jax.tree.leaves(moved),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_array_equal(after.model_state["features"]["0"], features)
+    with pytest.raises(sk.ShardkitError, match=r"bind\(state.params, state.model_state\)"):
+        model.bind(params)
+
+
 def test_dropout_of_an_nnx_model_is_on_in_training_and_fresh_each_step(mesh):
     step = compiled(nnx_model(), mesh, LINEN)
     state = step.init(jax.random.key(0))

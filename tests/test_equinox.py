@@ -113,6 +113,8 @@ def test_a_module_with_state():
         module = eqx.apply_updates(module, gradients)
         state, metrics = step(state, BATCH)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    with pytest.raises(sk.ShardkitError, match=r"bind\(state.params, state.model_state\)"):
+        model.bind(state.params)
     ours, ours_state = model.bind(state.params, state.model_state)
     np.testing.assert_array_equal(ours.scale, np.arange(8))
     expected = stateful_loss(eqx.nn.inference_mode(module), own, BATCH)[0][0]

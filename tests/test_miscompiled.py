@@ -1,6 +1,7 @@
 """Programs in which XLA's partitioner loses the order of devices: refused, or reported."""
 
 import ast
+import itertools
 from typing import Any
 
 import jax
@@ -78,6 +79,80 @@ def test_a_lost_order_of_rows_is_refused_with_an_order_that_is_right(weights, na
     want = jax.grad(loss)(jax.device_get(state.params), BATCH, None)
     got = step.gradients(state, BATCH)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def halves(x, w):
+    """Two products with halves of a weight, whose columns are split."""
+    return jnp.tanh(x @ w[:, :8]) @ w[:, 8:]
+
+
+def gates(x, w):
+    """Halves of an activation, which the partitioner moves along its columns by shifts."""
+    up, gate = jnp.split(x @ w, 2, -1)
+    return (up * jax.nn.silu(gate)) @ w[:, 8:]
+
+
+def turns(x, w):
+    """A recurrence: its residuals are stacked over the turns."""
+    body = lambda i, z: jnp.tanh(z @ w[:, :8] / 4 + x)  # noqa: E731
+    return jax.lax.fori_loop(0, 3, body, jnp.zeros_like(x))
+
+
+def halves_step(loss_of, rows, names=NAMES, **options):
+    return sk.compile_step(
+        loss_of,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (8, 16)) / 2},
+        batch=rows,
+        mesh=build_mesh(names),
+        strategy=sk.Strategy(
+            params=sk.PathRules({"w": P("fsdp", "tensor")}), batch=P(("data", "fsdp"))
+        ),
+        **options,
+    )
+
+
+def gap_of_gradient(step, model, rows):
+    state = step.init(jax.random.key(0))
+    w = jax.device_get(state.params["w"])
+    want = jax.grad(lambda w: jnp.mean(model(rows, w) ** 2))(w)
+    return float(np.abs(step.gradients(state, rows)[1]["w"] - want).max() / np.abs(want).max())
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("count", [32, pytest.param(64, marks=SLOW)])
+@pytest.mark.parametrize("model", [halves, turns])
+def test_micro_batches_are_right_in_any_order_of_rows(model, count):
+    """Gradient shards are in the order of axes that XLA gets right, whatever that of the rows."""
+    rows = RNG.normal(size=(count, 8)).astype("f")
+    step = halves_step(lambda p, rows, key: jnp.mean(model(rows, p["w"]) ** 2), rows, accumulate=4)
+    assert gap_of_gradient(step, model, rows) < 1e-4
+    assert step.layout.shard_axes == ("fsdp", "data")
+
+
+@pytest.mark.parametrize("names", [("fsdp", "tensor", "data"), pytest.param(NAMES, marks=SLOW)])
+def test_halves_of_an_activation_are_reported_exactly_when_they_are_wrong(names):
+    rows = RNG.normal(size=(16, 8)).astype("f")
+    loss_of = lambda p, rows, key: jnp.mean(gates(rows, p["w"]) ** 2)  # noqa: E731
+    step = halves_step(loss_of, rows, names=names, on_miscompiled="report")
+    found = [f for f in step.report().findings if f.kind == "miscompiled"]
+    assert bool(found) == (gap_of_gradient(step, gates, rows) > 1e-3)
+
+
+@pytest.mark.parametrize("model", [halves, pytest.param(turns, marks=SLOW)])
+def test_rows_that_a_model_folds_and_unfolds_are_followed(model):
+    """Of `[1, 2, 8]` on a device it is not said which dim is split; before and after it is."""
+    rows = RNG.normal(size=(16, 8)).astype("f")
+
+    def folded(params, rows, key):
+        x = jax.lax.with_sharding_constraint(rows.reshape(4, 4, 8), P(("data", "fsdp")))
+        return jnp.mean(model(x, params["w"]) ** 2)
+
+    step = halves_step(folded, rows, on_miscompiled="report")
+    found = [f for f in step.report().findings if f.kind == "miscompiled"]
+    assert bool(found) == (gap_of_gradient(step, model, rows) > 1e-3)
 
 
 def test_a_miscompiled_step_can_be_kept_as_a_finding():
@@ -328,6 +403,26 @@ def test_rows_of_a_gradient_that_are_gathered_in_another_order_are_refused():
 )
 def test_a_reshape_keeps_what_is_certain(source, target, starts, want):
     assert reshape(Parts(starts), source, target).dims == want
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        (
+            [(2, 4), (1, 2, 4), (2, 4)],
+            ((0, 2), (0, 4)),
+        ),  # split and merged, or put in and taken out
+        ([(2, 4), (1, 2, 4), (1, 1, 2, 4), (2, 4)], ((0, 2), (0, 4))),
+        ([(2, 4), (1, 2, 4), (8,)], (None,)),
+        ([(1, 2, 4), (1, 1, 2, 4), (2, 4)], (None, None)),  # its rows begin before
+    ],
+)
+def test_dims_that_are_put_in_and_taken_out_change_nothing(sizes, want):
+    starts = ((0, 2), (0, 4)) if len(sizes[0]) == 2 else ((0, 1), (0, 0), (0, 4))
+    parts = Parts(starts)
+    for source, target in itertools.pairwise(sizes):
+        parts = reshape(parts, source, target)
+    assert parts.dims == want
 
 
 def test_a_device_holds_the_part_of_its_place_in_the_mesh():

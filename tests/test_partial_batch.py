@@ -77,6 +77,24 @@ def test_means_of_rows_and_their_metrics():
         assert_close(step.evaluate(state, {"x": X[:rows]}), {"loss": loss, **metrics})
 
 
+def sums(p, b, key):
+    y, count = jnp.sum((b["x"] @ p["w"]) ** 2, 1), len(b["x"])
+    right = y > 1
+    share = sk.Mean(right.sum(), count)
+    return y.sum(), {"right": right.sum(), "rows": jnp.float32(count), "share": share}
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+def test_sums_and_counts_of_fewer_rows(mode):
+    step = step_of(sums, mode=mode)
+    state = step.init(jax.random.key(0))
+    params = jax.device_get(state.params)
+    for rows in (1, 5, 8):
+        loss, wanted = sums(params, {"x": X[:rows]}, None)
+        wanted["share"] = wanted["share"].total / rows
+        assert_close(step.evaluate(state, {"x": X[:rows]}), {"loss": loss, **wanted})
+
+
 @pytest.mark.parametrize("total", [1, 6, 7, 8, 48])
 def test_parts_hold_every_row_once(total):
     for given in range(1, total + 1):

@@ -1,5 +1,7 @@
 """What a pipeline refuses, by the text of its errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -163,6 +165,59 @@ def test_integers_do_not_travel():
     assert "first(...) returned int32" in text
     assert "first(...) returned int32[4, 4]" in text
     assert "read integers from `batch`" in text
+
+
+def stack(params, batch, key, layer=model.layer, last=model.last, each=None):
+    """The model's loss with another part; `each` gives what every layer has beside its weights."""
+    ends = {name: params[name] for name in ("table", "scale")}
+    layers = {name: params[name] for name in ("up", "down")}
+    layers = layers if each is None else (layers, each)
+    return sk.nn.layer_stack(model.first, layer, last, ends, layers, batch, key)
+
+
+LAYOUTS = {
+    "data": (DATA, {"data": 8}),
+    "pipeline": (DATA | pipeline(micro_batches=4), {"data": 2, "pipe": 4}),
+}
+LAYERS = {
+    "shape": (lambda w, x, *rest: x[:, 1:], r"returns x f32\[\d+,3,8\] where it takes x f32"),
+    "dtype": (lambda w, x, *rest: x.astype("bfloat16"), "returns x bf16.* where it takes x f32"),
+    "tree": (lambda w, x, *rest: (x, x), "returns x/0 f32.* where it takes x f32"),
+}
+
+
+@pytest.mark.parametrize("what", LAYERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_that_returns_something_else_is_refused_at_its_line(what, layout):
+    (strategy, sizes), (layer, text) = LAYOUTS[layout], LAYERS[what]
+    error = message(strategy, loss=lambda *args: stack(*args, layer=layer), **sizes)
+    assert re.search(text + r".*\(test_pipeline_errors.py:\d+ in <lambda>\)", error)
+    assert "y.astype(x.dtype)" in error
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_metric_of_a_stack_in_the_loss_is_refused_and_not_without_gradient(layout):
+    def last(ends, x, batch):
+        return jnp.mean(x**2), {"size": jnp.abs(x).mean()}
+
+    def loss(params, batch, key):
+        value, metrics = stack(params, batch, key, last=last)
+        return value + 0.1 * metrics["size"], metrics
+
+    strategy, sizes = LAYOUTS[layout]
+    text = message(strategy, loss=loss, **sizes)
+    assert "the metrics of sk.nn.layer_stack  are a part of the loss" in text
+    assert "a `last` whose loss has this term" in text
+
+
+def test_keys_among_the_layers_are_refused_at_the_draw():
+    def loss(params, batch, key):
+        each = jax.random.split(key, 4)
+        layer = lambda w, x, batch, _: model.layer(w[0], x, batch, w[1])  # noqa: E731
+        return stack(params, batch, None, layer=layer, each=each)
+
+    text = message(DATA | pipeline(micro_batches=4), loss=loss)
+    assert "draws from a key that the loss makes itself" in text
 
 
 def test_keys_that_cannot_be_split_by_rows():

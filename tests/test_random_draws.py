@@ -88,6 +88,9 @@ PATTERNS = {
     "one key a row": row_keys(R.normal),
     "keys of a row": row_keys(lambda key: R.normal(R.split(key, 3)[1])),
     "gamma of a row": row_keys(lambda key: R.gamma(key, 2.0)),
+    "as many as rows for a row": lambda key, n: jax.vmap(lambda k: R.normal(k, (2, n))[1, 0])(
+        R.split(key, n)
+    ),
     "one key a layer": lambda key, n: jax.vmap(lambda k: R.normal(k, (n,)))(
         jax.vmap(R.fold_in, (None, 0))(key, jnp.arange(3))
     ).sum(0),
@@ -121,6 +124,7 @@ REFUSED = {
     # Of a pipeline the draws are looked at first, elsewhere the rows.
     "counted rows": "picks rows by their place|folds in numbers counted over the rows",
     "shuffled rows": "iota counts rows",
+    "as many as rows for a row": "draws something for each pair of rows",
 }
 QUICK = ("gamma", "one key a layer", "keys of a row", "own key", "poisson", "key as numbers")
 
@@ -248,6 +252,41 @@ def test_a_gamma_draw_as_large_as_a_split_is_refused_not_guessed():
         split_step(draw, 8, {"accumulate": 4})
     assert "an accumulate or a mesh of another size" in str(told.value)
     split_step(draw, 8, {"accumulate": 2})
+
+
+# Two rows a part: the generator is asked for 2 of each row's key, and for 2 of all rows' key.
+TWO_OF_A_ROW = {
+    "keys": row_keys(lambda key: R.normal(R.split(key)[1])),
+    "numbers": lambda key, n: (
+        row_keys(lambda k: R.normal(k, (2,))[1])(R.fold_in(key, 1), n) + R.normal(key, (n,))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some_quick(TWO_OF_A_ROW, "keys"))
+def test_the_keys_of_rows_draw_as_many_as_rows(name):
+    draw = TWO_OF_A_ROW[name]
+    got, key = noise_of_step(split_step(draw, 8, {"accumulate": 4}))
+    np.testing.assert_allclose(got, noise_of_one_device(draw, key, 4), rtol=2e-5)
+
+
+REPEATED = {
+    "broadcast": lambda key, n: jnp.broadcast_to(key, (n,)),
+    "look-up": lambda key, n: R.split(key, 3)[jnp.zeros(n, int)],
+    "folds": lambda key, n: jax.vmap(R.fold_in, (0, None))(R.split(key, n), 3),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_as_many_keys_as_rows_may_be_of_all_rows(name):
+    """Nothing says then that such a key is one row's own."""
+
+    def draw(key, n):
+        own = jax.vmap(lambda k: R.normal(k, (2,))[1])(REPEATED[name](R.fold_in(key, 1), n))
+        return own + R.normal(key, (n,))
+
+    with pytest.raises(sk.errors.StepError, match="something else of the same shape"):
+        split_step(draw, 8, {"accumulate": 4})
 
 
 @pytest.mark.slow

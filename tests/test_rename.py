@@ -189,3 +189,20 @@ def test_a_sweep_adds_strategies_with_the_names_that_the_spec_renames():
     table = made.params.rules[0]
     assert table.spec(("depth", "hidden", "ffn")) == P(None, "fsdp", "tensor")
     assert made.activations.spec(("rows", "time", "ffn")) == P("fsdp", None, "tensor")
+
+
+def test_a_name_of_activations_alone_is_not_renamed_into_itself():
+    def positions(key):
+        return {"positions": sk.WithAxes(jnp.ones((LENGTH, HIDDEN)), ("length", "embed"))}
+
+    spec = sk.StepSpec(
+        loss_fn=lambda params, batch, key: jnp.mean(params["positions"] * batch["x"]),
+        optimizer=optax.sgd(0.1),
+        init=positions,
+        batch=rows(0),
+        strategy=S.data() | S.tensor(),
+    )
+    with pytest.raises(sk.errors.ShardingError, match="does not list logical axis") as caught:
+        spec.compile(sk.MeshSpec(data=4, tensor=2).build())
+    assert "with_names(params={'length': None})" in str(caught.value)
+    assert "rename" not in str(caught.value)

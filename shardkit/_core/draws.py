@@ -40,8 +40,10 @@ _WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 class Draw:
     """One random operation of a loss."""
 
-    kind: str  # `"bits"`, `"split"`, `"fold_in"` or `"gamma"`
+    # `"bits"`, `"split"`, `"fold_in"` or `"gamma"`; or `"repeat"`, where keys become more keys
+    kind: str
     shape: Shape  # what one key draws; of a fold the shape of the numbers
+    keys: Shape  # shape of the keys that draw
     from_key: bool  # whether it draws from the key that the loss gets
     line: str = dataclasses.field(compare=False)  # the user's `file:line in function`
 
@@ -117,13 +119,22 @@ def match_dims(
     8), 0))`. Raises StepError if a draw grows in another way, or from another key.
     """
     problems: list[Problem] = []
+    # As many keys as rows are then from a split into a key for each, and draw for one row alone.
+    by_split = not any(
+        draw.kind == "repeat" or (draw.kind == "fold_in" and (draw.keys or draw.shape))
+        for draw in (*part, *whole)
+    )
+    part, whole = ([draw for draw in draws if draw.kind != "repeat"] for draws in (part, whole))
     if [draw.kind for draw in part] != [draw.kind for draw in whole]:
         why = "the number of its random draws depends on the number of rows"
         problems.append(Problem("loss_fn", why))
     dims: dict[Drawn, GrownDim | None] = {}
-    for draw, large in zip(part, (draw.shape for draw in whole), strict=False):
+    for draw, of_whole in zip(part, whole, strict=False):
+        large = of_whole.shape
         dim = _find_grown_dim(draw.shape, large, parts)
         if draw.kind == "fold_in" and (folds_followed or draw.shape == large):
+            continue
+        if by_split and draw.shape == large and draw.keys != of_whole.keys:
             continue
         grown = None if dim is None else GrownDim(draw.shape, dim)
         why = fix = ""
@@ -174,11 +185,22 @@ def _draws_of(stack: tuple[core.JaxprEqn, ...]) -> list[Draw]:
     eqn, *_ = stack
     kind = eqn.primitive.name.removeprefix("random_")
     if eqn.primitive.name not in _DRAWING:
-        return []
+        return _repeated_keys(eqn)
     avals: tuple[Any, ...] = (eqn.invars[0].aval, eqn.invars[-1].aval, eqn.outvars[0].aval)
     key, operand, drawn = avals
     shapes = {"fold_in": operand.shape, "gamma": drawn.shape[len(key.shape) :]}
     shape = shapes[kind] if kind in shapes else eqn.params["shape"]
     # Found for draws alone: to look up the line of every equation takes longer than the trace.
     line = next((line for line, _ in map(user_line, stack) if line), "")
-    return [Draw(kind, tuple(shape), is_part_key(key.dtype), line)]
+    return [Draw(kind, tuple(shape), tuple(key.shape), is_part_key(key.dtype), line)]
+
+
+def _repeated_keys(eqn: core.JaxprEqn) -> list[Draw]:
+    """Keys of which an equation makes more: a broadcast, or a look-up by many indices."""
+    moves = bool(eqn.invars) and not any(core.jaxprs_in_params(eqn.params))
+    avals: list[Any] = [eqn.invars[0].aval, eqn.outvars[0].aval] if moves and eqn.outvars else []
+    if not avals or not all(is_part_key(aval.dtype) for aval in avals):
+        return []
+    key, made = (tuple(aval.shape) for aval in avals)
+    more = math.prod(made) > math.prod(key)
+    return [Draw("repeat", made, key, from_key=False, line="")] if more else []

@@ -18,7 +18,7 @@ from .._core.tree import leaves_by_path, path_str
 from .._core.types import Batch, Key, Loss, Params, PyTree, Trainable, Variables, WithAxes
 from ..rules import matches
 from ._arguments import check_model, loss_problems, maker_problems
-from ._model import Model, nest, split_loss_output, takes_argument
+from ._model import Model, check_state_is_given, nest, split_loss_output, takes_argument
 
 Names = tuple[str | None, ...]
 
@@ -78,7 +78,7 @@ def from_equinox(
         rest = (batch, key) if takes_key else (batch,)
         if not template.has_state:
             value, metrics = split_loss_output(loss(module, *rest))
-            return (value, metrics, model_state) if template.has_others else (value, metrics)
+            return (value, metrics, model_state) if template.others else (value, metrics)
         out, state = _split_state(loss(module, state, *rest))
         value, metrics = split_loss_output(out)
         return value, metrics, template.split((module, state))[1]
@@ -90,11 +90,12 @@ def from_equinox(
         return run(False, params, batch, key, model_state)
 
     def bind(params: Params, model_state: Any = None) -> Any:
+        check_state_is_given(model_state, template.others)
         module, state = template.merge(params, model_state or {})
         module = equinox.nn.inference_mode(module)
         return (module, state) if template.has_state else module
 
-    loss_fn = Loss(train, evaluate, stateful=template.has_others, trainable=trainable)
+    loss_fn = Loss(train, evaluate, stateful=bool(template.others), trainable=trainable)
     return Model(init, loss_fn, bind)
 
 
@@ -142,9 +143,9 @@ class _ModuleTemplate:
         return {leaf.path: leaf.value for leaf in self.leaves if leaf.is_param}
 
     @property
-    def has_others(self) -> bool:
-        """Whether there are arrays that are not parameters."""
-        return any(_is_array(leaf) and not leaf.is_param for leaf in self.leaves)
+    def others(self) -> list[str]:
+        """The paths of arrays that are not parameters."""
+        return [leaf.path for leaf in self.leaves if _is_array(leaf) and not leaf.is_param]
 
     def split(self, made: Any, axes: Mapping[str, Names] | None = None) -> tuple[Params, PyTree]:
         """Returns the parameters and the other arrays of a module, or of `(module, state)`.

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .._core.errors import StepError
 from .._core.types import Key, Loss, Params, Variables, WithAxes
 
 
@@ -25,6 +26,14 @@ class Model:
     init: Callable[[Key], Params | Variables]
     loss_fn: Loss
     bind: Callable[..., Any]
+
+
+def check_state_is_given(model_state: Any, paths: Sequence[str]) -> None:
+    """Raises StepError if a module has arrays at these paths, and gets no state to bind."""
+    if paths and model_state is None:
+        why = f"has arrays of the module beside its parameters: {', '.join(paths[:3])}"
+        fix = "model.bind(state.params, state.model_state)"
+        raise StepError.of("The module cannot be bound.", "model_state", why, fix)
 
 
 def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:

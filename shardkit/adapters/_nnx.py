@@ -18,10 +18,11 @@ from flax.errors import TraceContextError
 from .._core.errors import Problem, ShardingError, StepError, first_line, raise_all
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ._arguments import check_model, loss_problems, maker_problems
-from ._model import Model, accept_key, nest, pad_axes, split_loss_output
+from ._model import Model, accept_key, check_state_is_given, nest, pad_axes, split_loss_output
 from ._nnx_scopes import named_scopes
 
-Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
+# An attribute that is a bare array, as a table of positions, has no variable around it.
+Flat = list[tuple[tuple[Any, ...], nnx.Variable | jax.Array]]
 
 
 def from_nnx(
@@ -40,7 +41,7 @@ def from_nnx(
         sows is there after the call: `nnx.pop(module, nnx.Intermediate)`.
       trainable: nnx filter of the variables that the optimizer updates. Every other `nnx.Param`
         is frozen and stays in `state.params`; variables of other types, such as batch
-        statistics, are in `state.model_state`.
+        statistics, and arrays without a variable are in `state.model_state`.
 
     Returns:
       A `Model`. Logical axes are those of the variables' sharding metadata
@@ -91,6 +92,8 @@ def from_nnx(
         return run(False, params, batch, key, model_state)
 
     def bind(params: Params, model_state: Any = None) -> nnx.Module:
+        paths = ["/".join(map(str, path)) for path, _ in template.model_state]
+        check_state_is_given(model_state, paths)
         module = template.merge(params, model_state, jax.random.key(0))
         module.eval()
         return module
@@ -115,15 +118,23 @@ class _Template:
         """Returns the module with these arrays, its random streams seeded from `key`."""
         flat = [*_fill(self.params, params), *_fill(self.model_state, model_state)]
         for number, (path, variable) in enumerate(self.streams):
-            flat.append((path, variable.replace(_seed(variable, key, number))))
+            flat.append((path, _replace(variable, _seed(variable, key, number))))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
 def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
-    module = nnx.eval_shape(lambda: _build(make_model, jax.random.key(0)))
-    selected = nnx.to_flat_state(nnx.state(module, trainable))
+    built = []
+
+    def make() -> Any:
+        module = _build(make_model, jax.random.key(0))
+        built.append((nnx.graphdef(module), nnx.to_flat_state(nnx.state(module, trainable))))
+        return _split_states(module, trainable)
+
+    # `nnx.eval_shape` makes a module of shapes, in which flax finds no arrays without a variable.
+    params, streams, model_state = map(_flatten, jax.eval_shape(make))
+    graph, selected = built[-1]
     trained = frozenset("/".join(map(str, path)) for path, _ in selected)
-    return _Template(nnx.graphdef(module), *_split_variables(module, trainable), trained)
+    return _Template(graph, params, streams, model_state, trained)
 
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
@@ -138,22 +149,44 @@ def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.
     if not isinstance(module, nnx.Module):
         why = f"returns a {type(module).__name__}, not an nnx.Module"
         raise StepError.of(headline, "make_model", why, fix)
+    _mark_arrays(module)
     return module
 
 
-def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
-    """Returns variables by path: parameters, random streams, and all others."""
+def _mark_arrays(module: nnx.Module) -> None:
+    """Marks arrays that are attributes of the module or its parts as its data.
+
+    flax does by itself, but under Python 3.11 takes those made while tracing for settings.
+    """
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, nnx.Pytree):
+            for name, value in list(vars(part).items()):
+                if isinstance(value, jax.Array) and not nnx.is_data(value):
+                    setattr(part, name, nnx.data(value))
+
+
+def _split_states(module: nnx.Module, trainable: Any) -> tuple[nnx.State, nnx.State, nnx.State]:
+    """Returns parameters, random streams, and all else but what was sown."""
     filters = (nnx.Any(trainable, nnx.Param), nnx.RngState, nnx.Intermediate, ...)
     params, streams, _, model_state = nnx.state(module, *filters)
-    flatten = nnx.to_flat_state
-    return list(flatten(params)), list(flatten(streams)), list(flatten(model_state))
+    return params, streams, model_state
+
+
+def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
+    """The same by path."""
+    params, streams, model_state = _split_states(module, trainable)
+    return _flatten(params), _flatten(streams), _flatten(model_state)
+
+
+def _flatten(state: nnx.State) -> Flat:
+    return list(nnx.to_flat_state(state))
 
 
 def _check_names(params: Flat) -> None:
     """Raises ShardingError with every variable that has mesh axes in place of logical names."""
     problems = []
     for path, variable in params:
-        sharding = variable.get_metadata().get("out_sharding")
+        sharding = _read_sharding(variable)
         if isinstance(sharding, jax.sharding.Sharding):
             why = f"has a {type(sharding).__name__} on devices; a module names its dims, a strategy"
             fix = 'nnx.Param(x, out_sharding=("embed", "mlp")), or no sharding and sk.PathRules'
@@ -161,14 +194,18 @@ def _check_names(params: Flat) -> None:
     raise_all(ShardingError, "Variables of the module are laid out already.", problems)
 
 
-def _with_axes(variable: nnx.Variable) -> Any:
-    metadata = variable.get_metadata()
+def _read_sharding(variable: nnx.Variable | jax.Array) -> Any:
     # flax stores `sharding` and `sharding_names` of every version as `out_sharding`.
-    axes = metadata.get("out_sharding")
+    metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
+    return metadata.get("out_sharding")
+
+
+def _with_axes(variable: nnx.Variable | jax.Array) -> Any:
+    axes = _read_sharding(variable)
     return pad_axes(variable[...], axes) if axes else variable[...]
 
 
-def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
+def _seed(variable: nnx.Variable | jax.Array, key: jax.Array, number: int) -> jax.Array:
     if isinstance(variable, nnx.RngKey):
         stream_key = jax.random.fold_in(key, number)
         shape = variable.shape
@@ -186,5 +223,9 @@ def _fill(flat: Flat, values: Any) -> Flat:
         node = values
         for name in path:
             node = node[str(name)]
-        filled.append((path, variable.replace(node)))
+        filled.append((path, _replace(variable, node)))
     return filled
+
+
+def _replace(variable: nnx.Variable | jax.Array, value: Any) -> Any:
+    return variable.replace(value) if isinstance(variable, nnx.Variable) else value

@@ -1,10 +1,17 @@
 """`sk.nn.layer_stack`: a loss as first → layers → last, which a pipeline can cut into stages."""
 
+import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from .._core.errors import Problem, StepError
+from .._core.source import Frame
+from .._core.tree import list_leaves
 from .._core.types import Batch, Key, Mean, Params, PyTree
 from .._core.without_gradient import WEIGHT, without_gradient
 from ._overridable import overridable
@@ -48,7 +55,7 @@ def layer_stack(
     The functions must take every parameter, and inside a `jax.jit` or scan of your own every
     traced array, as an argument: arrays that they close over get no gradient. Gradients flow
     through the loss (the `total` of a `Mean`) and not through the metrics; a weight that depends on
-    the parameters is refused.
+    the parameters, or a metric that decides the loss, is refused.
 
     Args:
       first: `(outer_params, batch, key) -> x`, a pytree of floating-point arrays `[rows, ...]`
@@ -93,23 +100,55 @@ def split_layer_keys(key: Key | None, layers: int) -> StackKeys:
 
 
 def scan_layers(layer: Layer, x: PyTree, layers: Params, batch: Batch, keys: Key | None) -> PyTree:
-    """Applies layers, stacked along dim 0 of `layers` and `keys`, to `x` one after another."""
+    """Applies layers, stacked along dim 0 of `layers` and `keys`, to `x` one after another.
+
+    Raises:
+      StepError: a layer returns another shape or dtype than that of `x`.
+    """
 
     def body(x: PyTree, weights_and_key: tuple[Params, Key | None]) -> tuple[PyTree, None]:
         weights, key = weights_and_key
-        return layer(weights, x, batch, key), None
+        out = layer(weights, x, batch, key)
+        _check_layer(layer, x, out)
+        return out, None
 
     with jax.named_scope("layers"):
         x, _ = jax.lax.scan(remat(body, scanned=True), x, (layers, keys))
     return x
 
 
+def _check_layer(layer: Layer, x: PyTree, out: PyTree) -> None:
+    given, taken = (
+        [str(leaf.within("x")) for leaf in list_leaves(jax.tree.map(jnp.asarray, tree))]
+        for tree in (out, x)
+    )
+    if given != taken:
+        pairs = itertools.zip_longest(given, taken, fillvalue="nothing")
+        made, wanted = next(pair for pair in pairs if len(set(pair)) == 2)
+        why = f"returns {made} where it takes {wanted}{_defined_at(layer)}"
+        fix = "the shapes and dtypes that it takes; if float32 arrays come in, y.astype(x.dtype)"
+        raise StepError.of("A layer must return what the next one takes.", "layer", why, fix)
+
+
+def _defined_at(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" ({Frame(code.co_filename, code.co_firstlineno, code.co_qualname)})" if code else ""
+
+
 def stop_aux_gradients(out: Any) -> Any:
-    """Returns what `last` returned, with no gradient through anything but the loss."""
+    """Returns what `last` returned; a gradient through anything but the loss is refused."""
     loss, *metrics = out if isinstance(out, tuple) else (out,)
     if isinstance(loss, Mean):
         loss = Mean(loss.total, jax.lax.stop_gradient(loss.weight))
-    return (loss, *jax.lax.stop_gradient(metrics)) if metrics else loss
+    unused = functools.partial(without_gradient, _METRIC, unless_unused=True)
+    return (loss, *jax.tree.map(unused, metrics)) if metrics else loss
+
+
+_METRIC = Problem(
+    "the metrics of sk.nn.layer_stack",
+    "are a part of the loss, and have no gradient",
+    "a `last` whose loss has this term: return loss + 0.1 * term, {'term': term}",
+)
 
 
 def _run_layer_stack(

@@ -97,12 +97,14 @@ def suggest_renames(problems: Sequence[Problem], strategy: Strategy) -> list[Pro
     def suggest(problem: Problem) -> Problem:
         if not strategy.kinds or not isinstance(problem, UnlistedAxis):
             return problem
-        near = did_you_mean(problem.logical, strategy.logical_axes)
-        old = near.split("'")[1] if near else "mlp"
-        fix = f"strategy.rename({{{old!r}: {problem.logical!r}}}), if the dim is what the strategy "
-        fix += f"calls {old!r}; or strategy.with_names(params={{{problem.logical!r}: None}})"
-        fix += f"; it lists {known}"
-        return dataclasses.replace(problem, fix=fix)
+        name = problem.logical
+        fix = f"strategy.with_names(params={{{name!r}: None}})"
+        if name not in strategy.logical_axes:  # or of activations alone
+            near = did_you_mean(name, strategy.logical_axes)
+            old = near.split("'")[1] if near else "mlp"
+            rename = f"strategy.rename({{{old!r}: {name!r}}})"
+            fix = f"{rename}, if the dim is what the strategy calls {old!r}; or {fix}"
+        return dataclasses.replace(problem, fix=f"{fix}; it lists {known}")
 
     return [suggest(problem) for problem in problems]
 

@@ -106,13 +106,14 @@ class CheckedStages(Override):
         key = shapes["key"] if has_key else jax.eval_shape(lambda: jax.random.key(0))
         args = params, {}, batch, key
         program = jax.make_jaxpr(objective)(*args).jaxpr
-        whole_numbers = (x.path for x in list_leaves(params) if x.dtype.kind not in "fcV")
+        # whole numbers, and keys
+        fixed = (x.path for x in list_leaves(params) if not jnp.issubdtype(x.dtype, jnp.inexact))
         return check_rows(
             derive_solves_alike(objective, program),
             args,
             dims,
             self.splits,
-            partition=Partition(frozenset(whole_numbers)),
+            partition=Partition(frozenset(fixed)),
             part=rows.pop() // parts,
             whole=_WHOLE,
             adds=True,

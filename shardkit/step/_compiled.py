@@ -186,8 +186,8 @@ class CompiledStep:
 
         The batch may have fewer rows than declared, such as the last one of a data set, whether
         they divide over the devices or not. The result is that of its rows alone, by the same
-        program: rows are repeated and weighted, so the loss and its metrics must be `sk.Mean`s or
-        means of independent rows. With several processes every batch is full.
+        program: rows are repeated and weighted, so the loss and its metrics must be `sk.Mean`s, or
+        means or sums of independent rows. With several processes every batch is full.
 
         Raises:
           StateError: the state was donated already, or belongs to another step.
@@ -200,13 +200,15 @@ class CompiledStep:
         if given is None:
             return self._run(lambda functions: functions.evaluate, state, batch)[0]
         total = self.layout.rows
-        parts = []
+        parts, growth = [], {}
         for rows, filled in fill_batches(batch, self.layout.row_dims, given, total):
-            if problem := self._variants.find(filled).partial_problem:
-                return self._evaluate_as_variant(state, batch, problem)
+            growth = self._variants.find(filled).partial_growth
+            if isinstance(growth, str):
+                return self._evaluate_as_variant(state, batch, growth)
             means = self._run(lambda functions: functions.evaluate, state, filled)[1]
             parts.append((rows, means))
-        return join_parts(jax.device_get(parts))
+        share = {name: (given / total) ** power for name, power in growth.items()}
+        return join_parts(jax.device_get(parts), share)
 
     def _evaluate_as_variant(self, state: TrainState, batch: Batch, problem: str) -> Metrics:
         """Evaluates fewer rows by a program of their own; BatchError if there can be none."""

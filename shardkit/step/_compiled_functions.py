@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
@@ -109,14 +109,13 @@ class CompiledFunctions:
         )
 
     @functools.cached_property
-    def partial_problem(self) -> str:
-        """Why `evaluate` cannot be computed on fewer rows than the batch has, or nothing."""
+    def partial_growth(self) -> Mapping[str, int] | str:
+        """The powers of the rows with which metrics grow; or why these need all rows of a batch."""
         try:
             with self._names.around_loss():
-                self._functions.check_partial_rows()
+                return self._functions.check_partial_rows()
         except StepError as error:
             return str(error)
-        return ""
 
     @functools.cached_property
     def evaluate(self) -> CompiledProgram:

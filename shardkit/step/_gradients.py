@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -80,6 +81,13 @@ class GradientPlan:
     def num_shards(self) -> int:
         """Number of gradient shards of a micro-batch: devices along `shard_axes`."""
         return math.prod(self.bound.mesh.shape[axis] for axis in self.layout.shard_axes)
+
+    @property
+    def shards_of_rows(self) -> tuple[list[int], list[int]]:
+        """Sizes of the axes of shards in the order that rows have them, and where each one is."""
+        in_rows = [axis for axis in self.layout.row_axes if axis in self.layout.shard_axes]
+        sizes = [self.bound.mesh.shape[axis] for axis in in_rows]
+        return sizes, [in_rows.index(axis) for axis in self.layout.shard_axes]
 
 
 def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
@@ -145,12 +153,21 @@ def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) 
 
 
 def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
-    """`[rows, …] → [num_shards, rows/num_shards, …]`, the new dim over `shard_axes`."""
+    """`[rows, …] → [num_shards, rows/num_shards, …]`, the new dim over `shard_axes`.
+
+    Rows that are over `("data", "fsdp")` are those of the same device over `("fsdp", "data")`.
+    """
     layout, n = plan.layout, plan.num_shards
     axes = layout.shard_axes, layout.inner_axes or None
+    sizes, order = plan.shards_of_rows
 
     def split(x: jax.Array, dim: int, sharding: NamedSharding) -> jax.Array:
-        shards = x.reshape(with_dim(x.shape, dim, n, x.shape[dim] // n))
+        rows = x.shape[dim] // n
+        shards = x.reshape(with_dim(x.shape, dim, *sizes, rows))
+        shards = jnp.moveaxis(
+            shards, [dim + i for i in order], [dim + i for i in range(len(order))]
+        )
+        shards = shards.reshape(with_dim(x.shape, dim, n, rows))
         return _constrain_array(shards, plan, with_dim(_full_spec(sharding, x.ndim), dim, *axes))
 
     return map_rows(split, batch, layout.row_dims, layout.batch_shardings)
@@ -229,11 +246,13 @@ def _accumulate_per_shard(
     # After derivative rules of the user's own have been applied.
     changes = {**move_to_shards(axes), **on_shards(mesh, axes), **refuse_ordered(mesh)}
     run_shard = rewrite(run_gradient, changes)
+    sizes, order = plan.shards_of_rows
+    number_of_rows = np.arange(plan.num_shards).reshape(sizes).transpose(order).ravel()
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         own = key if steps == 1 else jax.random.fold_in(key, index)
-        keys = per_shard_keys(own, plan.draws)
+        keys = per_shard_keys(own, plan.draws)[number_of_rows]
         run_shards = jax.vmap(
             run_shard,
             in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),

@@ -62,6 +62,8 @@ class StepLayout:
     batch_rows: BatchRows  # which dims of the batch count its rows
     # mesh axes of the rows that separate gradient shards. Along an axis over which rows move
     # between devices inside the loss (tokens to their experts), gradients cannot be kept apart.
+    # Those that split parameters too come first: in another order XLA on CPU takes parts of the
+    # rows for others (benchmarks/xla_faults.py), and shards may be in any.
     shard_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]  # `{path: logical axes}` of the parameters
     gradients: PyTree  # pytree of `NamedSharding` of the gradients that the update receives
@@ -250,12 +252,17 @@ def resolve_layout(
         batch=batch,
         batch_shardings=_build_shardings(batch, specs.batch, mesh),
         batch_rows=rows,
-        shard_axes=tuple(axis for axis in rows.axes if axis not in moves_rows),
+        shard_axes=_weights_first([a for a in rows.axes if a not in moves_rows], specs.params),
         axes=names,
         gradients=update if scatters_gradients else partition.trained(shardings.params),
         update=update,
         partition=partition,
     )
+
+
+def _weights_first(axes: Sequence[str], specs: Specs) -> tuple[str, ...]:
+    split = {axis for spec in specs.values() for entry in spec for axis in axes_of(entry)}
+    return tuple(sorted(axes, key=lambda axis: axis not in split))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ repeated until the batch is full. With 8 rows declared and 3 given:
     part 2, 1 row      2 2 2 2 2 2 2 2    every row counts 8 times
 
 Total and weight of a loss grow alike with the rows, so `total · rows of the part` has every row
-equally often for each part, up to a factor that the mean does not have. Nothing is compiled, no row
+equally often for each part, up to a factor that the mean does not have, and a sum over rows as the
+rows that there are of all. Nothing is compiled, no row
 is padded with numbers that a loss might not accept, and every device has rows, whatever divides.
 """
 
@@ -69,13 +70,20 @@ def _to_host(x: Any) -> Any:
     return x if is_key else np.asarray(x)
 
 
-def join_parts(parts: Sequence[tuple[int, Mapping[str, Any]]]) -> Metrics:
-    """The metrics of all rows, f32[], from `(rows, {name: Mean})` of each part."""
+def join_parts(
+    parts: Sequence[tuple[int, Mapping[str, Any]]], share: Mapping[str, float]
+) -> Metrics:
+    """The metrics of all rows, f32[], from `(rows, {name: Mean})` of each part.
+
+    `share` has what belongs to these rows of a sum over the declared number of them: of 16 declared
+    and 5 given, 5 / 16.
+    """
 
     def join(name: str) -> jax.Array:
         sums = np.sum(
             [[n * float(means[name].total), n * float(means[name].weight)] for n, means in parts], 0
         )
-        return jnp.asarray(sums[0] / sums[1] if sums[1] else 0.0, jnp.float32)
+        mean = sums[0] / sums[1] if sums[1] else 0.0
+        return jnp.asarray(mean * share.get(name, 1.0), jnp.float32)
 
     return {name: join(name) for name in parts[0][1]}

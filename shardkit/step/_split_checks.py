@@ -163,7 +163,7 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
 
 def check_partial_rows(
     layout: StepLayout, loss: Objective, args: LossArgs, *, proved: bool
-) -> None:
+) -> dict[str, int]:
     """Checks that a batch with fewer rows can be evaluated by repeating them; see `_partial_batch`.
 
     Args:
@@ -171,6 +171,9 @@ def check_partial_rows(
       loss: as it is evaluated, on whole arrays.
       args: its abstract arguments.
       proved: the user declares that it is a mean of independent rows.
+
+    Returns:
+      The power of the rows with which the loss and each metric grow.
 
     Raises:
       StepError: it draws random numbers, or depends on rows together.
@@ -181,6 +184,7 @@ def check_partial_rows(
         fix = "sk.Loss(train=..., evaluate=...), whose evaluate draws none"
         headline = "A batch of fewer rows than declared cannot be evaluated."
         raise_all(StepError, headline, [Problem("loss_fn", why, fix)])
-    if not proved:
-        splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
-        check_rows(loss, args, layout.row_dims, splits, partition=None, whole=whole)
+    if proved:
+        return {}
+    splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
+    return check_rows(loss, args, layout.row_dims, splits, partition=None, whole=whole, adds=True)

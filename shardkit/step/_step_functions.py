@@ -116,11 +116,11 @@ class StepFunctions:
         """Builds `(state, batch) → (metrics, gradients)`."""
         return build_gradient_step(self._gradient_fn)
 
-    def check_partial_rows(self) -> None:
+    def check_partial_rows(self) -> dict[str, int]:
         """Raises StepError if `evaluate` cannot be computed on fewer rows; see there."""
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh, evaluate=True)
         proved = self.bound.spec.independent_rows
-        check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
+        return check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
 
     def evaluate(self) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, Mean]]]:
         """Builds `(state, batch) → (metrics, the same as totals and weights)`."""

@@ -19,6 +19,7 @@ from ._hlo import Computation, Instruction, Module, Shape
 from ._part_rules import RULES, Site
 from ._parts import (
     ANYWHERE,
+    Dims,
     Parts,
     Starts,
     differs_within,
@@ -153,14 +154,31 @@ class _Walk:
     def _elementwise(self, of: Instruction, operands: Values) -> Parts:
         shape = of.shapes[0]
         # The predicate of a select may be a scalar.
-        alike = [list(one.dims) for one in operands if len(one.dims) == len(shape.dims)]
-        dims = alike[0] if alike else list(Parts.unknown(shape).dims)
+        alike = [one for one in operands if len(one.dims) == len(shape.dims)]
+        dims = alike[0].dims if alike else Parts.unknown(shape).dims
         for other in alike[1:]:
-            pairs = enumerate(zip(dims, other, strict=True))
+            pairs = enumerate(zip(dims, other.dims, strict=True))
             dims = [self.compare(of, shape, dim, a, b) for dim, (a, b) in pairs]
+        inserted = self._insertion(of, alike)
         compute, tables = _ARITHMETIC.get(of.opcode), [parts.values for parts in operands]
         known = compute and all(table is not None for table in tables)
-        return Parts(tuple(dims), compute(*tables) if compute and known else None)
+        return Parts(tuple(dims), compute(*tables) if compute and known else None, inserted)
+
+    def _insertion(self, of: Instruction, operands: Sequence[Parts]) -> Dims | None:
+        """`inserted` of an element-wise operation: what all know that may not start anywhere.
+
+        Where a device has one element of a dim, one operand may be spread along it by a broadcast
+        and another one split. Their starts then have other values, and are not in another order.
+        """
+        own = [one.inserted for one in operands if any(at != ANYWHERE for at in one.dims)]
+        return functools.reduce(lambda a, b: a and b and self._meet(of, a, b), own or [None])
+
+    def _meet(self, of: Instruction, first: Dims, second: Dims) -> Dims:
+        dims = list(first)
+        for dim, (a, b) in enumerate(zip(first, second, strict=True)):
+            in_order = not a or not b or a == b or sorted(a) != sorted(b)
+            dims[dim] = join_starts(a, b) if in_order else self.compare(of, of.shapes[0], dim, a, b)
+        return tuple(dims)
 
     def _call(self, of: Instruction, operands: Sequence[Values]) -> Values:
         called = [(key, self.module.computations[name]) for key, name in of.calls]
@@ -208,25 +226,31 @@ class _Walk:
         return Parts(tuple(kept))
 
     def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
+        found = dict(self.found)
+        inserted = parts.inserted and self._collect(of, parts.inserted, shape)
+        self.found = found
+        return Parts(self._collect(of, parts.dims, shape), inserted=inserted)
+
+    def _collect(self, of: Instruction, dims: Dims, shape: Shape) -> Dims:
         if of.opcode == "collective-permute":
             pairs = read_pairs(of.attrs.get("source_target_pairs", ""))
-            return Parts(tuple(permute(dim, pairs) for dim in parts.dims))
+            return tuple(permute(dim, pairs) for dim in dims)
         groups = read_groups(of.attrs.get("replica_groups", "{}"), self.devices)
         moved = of.attrs.get("dimensions", "").strip("{} ")
-        dims = list(parts.dims)
+        after = list(dims)
         for dim, starts in enumerate(dims):
             if of.opcode == "all-gather" and moved == str(dim):
-                dims[dim] = gather(starts, shape.dims[dim], groups)
-                if dims[dim] is None and gather_in_order(starts, shape.dims[dim], groups):
+                after[dim] = gather(starts, shape.dims[dim], groups)
+                if after[dim] is None and gather_in_order(starts, shape.dims[dim], groups):
                     self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
             elif starts is not None and differs_within(starts, groups):
                 # One element may be the dim of a contraction, over which each device had one.
                 if of.opcode != "all-gather" and shape.dims[dim] > 1:
                     self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
-                dims[dim] = None
+                after[dim] = None
             elif moved == str(dim):
-                dims[dim] = scatter(starts, shape.dims[dim] // len(groups[0]), groups)
-        return Parts(tuple(dims))
+                after[dim] = scatter(starts, shape.dims[dim] // len(groups[0]), groups)
+        return tuple(after)
 
 
 def _unknown(of: Instruction) -> Values:
@@ -236,7 +260,7 @@ def _unknown(of: Instruction) -> Values:
 def _keep_tables(before: Values, after: Values) -> Values:
     """The result of a trip, with the tables that it left as they were."""
     pairs = zip(before, after, strict=True)
-    return tuple(Parts(b.dims, join(a, b).values) for a, b in pairs)
+    return tuple(dataclasses.replace(b, values=join(a, b).values) for a, b in pairs)
 
 
 def _same(first: Values, second: Values) -> bool:

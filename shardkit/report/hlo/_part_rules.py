@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ._hlo import Computation, Instruction
-from ._parts import ANYWHERE, Parts, Starts, bitcast, join, join_starts, reshape
+from ._parts import ANYWHERE, Dims, Parts, Starts, bitcast, join, join_starts, reshape, transpose
 from ._scope import last_name
 
 # (a dim of the first operand, starts of the dims that meet) -> their common starts.
@@ -35,6 +35,15 @@ class Site:
     def dims(self, attribute: str = "dimensions") -> tuple[int, ...]:
         """The dims that an attribute lists."""
         return read_ints(self.instruction.attrs.get(attribute, ""))
+
+    def takes_turn(self, dim: int) -> bool:
+        """Whether a dynamic slice is a loop of the model that takes an element of this dim.
+
+        It is the same element on every device. A fusion names the slice after what uses it.
+        """
+        index = self.instruction.operands[1 + dim]
+        by_index = "dynamic_index_in_dim" in self.here.instructions[index].op_name
+        return by_index or last_name(self.instruction.op_name) == "dynamic_slice"
 
 
 Rule = Callable[[Compare, Site, Sequence[Parts]], Parts]
@@ -71,7 +80,7 @@ def _reshape(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
 
 
 def _transpose(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
-    return Parts(tuple(operands[0].dims[dim] for dim in at.dims()))
+    return transpose(operands[0], at.dims())
 
 
 def _broadcast(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
@@ -91,16 +100,23 @@ def _keep_whole_dims(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     pieces = operands if at.instruction.opcode == "concatenate" else operands[:1]
     sizes = zip(functools.reduce(join, pieces).dims, at.old(), at.new, strict=True)
     kept = (s if old == new or s == ANYWHERE else None for s, old, new in sizes)
-    return Parts(tuple(kept))
+    return Parts(tuple(kept), inserted=_keep_inserted(pieces, at))
+
+
+def _keep_inserted(pieces: Sequence[Parts], at: Site) -> Dims | None:
+    """Starts between inserted dims, of the dims whose size a slice of one piece keeps."""
+    if len(pieces) > 1 or pieces[0].inserted is None:
+        return None
+    sizes = zip(pieces[0].inserted, at.old(), at.new, strict=True)
+    return tuple(starts if old == new else None for starts, old, new in sizes)
 
 
 def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     whole, *index = operands
     offsets = [parts.values for parts in index]
-    # A loop of the model takes the element of its turn, the same on every device.
-    turns = last_name(at.instruction.op_name) == "dynamic_slice"
     dims: list[Starts | None] = []
-    for starts, offset, old, new in zip(whole.dims, offsets, at.old(), at.new, strict=True):
+    sizes = zip(at.old(), at.new, map(at.takes_turn, range(len(index))), strict=True)
+    for starts, offset, (old, new, turns) in zip(whole.dims, offsets, sizes, strict=True):
         known = None if offset is None else {*map(int, offset)}
         if old == new or not starts:
             dims.append(starts)
@@ -115,7 +131,7 @@ def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
         tables = enumerate(whole.values)
         cuts = [[int(offset[d]) for offset in offsets if offset is not None] for d, _ in tables]
         values = np.stack([_cut(t, at.new, c) for t, c in zip(whole.values, cuts, strict=True)])
-    return Parts(tuple(dims), values)
+    return Parts(tuple(dims), values, _keep_inserted([whole], at))
 
 
 def _cut(table: np.ndarray, sizes: Sequence[int], offsets: Sequence[int]) -> np.ndarray:
@@ -138,7 +154,7 @@ def _dynamic_update(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
             dims.append(b if a is None else join_starts(a, b))
         else:  # pieces at other indices make it differ along the dim
             dims.append(stacked if a == ANYWHERE else a)
-    return Parts(tuple(dims))
+    return Parts(tuple(dims), inserted=tuple(dims) if piece.inserted else None)
 
 
 def _dot(compare: Compare, at: Site, operands: Sequence[Parts]) -> Parts:

@@ -20,6 +20,7 @@ from ._groups import Mesh
 from ._hlo import Instruction, Shape
 
 Starts = tuple[int, ...]
+Dims = tuple[Starts | None, ...]
 ANYWHERE: Starts = ()
 _LAYOUT = re.compile(r"\]\{([\d,]*)")
 
@@ -31,13 +32,14 @@ class Parts:
     Attributes:
       dims: where each dim starts on each device; None where that is unknown.
       values: the array itself, i64[devices, *shape], of an integer table or index; else None.
-      inserted: `dims`, if the reshape that made it has only put dims of one element between others;
-        else None. `[4] → [1, 4]` may do that or split a dim of 32 into 8 x 4.
+      inserted: `dims`, if reshapes have only put dims of one element between others, of which
+        nothing is said here; else None. `[4] → [1, 4]` may do that or split a dim of 32 into 8 x 4;
+        after `[4] → [1, 4] → [4]` both are the same.
     """
 
-    dims: tuple[Starts | None, ...]
+    dims: Dims
     values: np.ndarray | None = dataclasses.field(default=None, compare=False)
-    inserted: tuple[Starts | None, ...] | None = dataclasses.field(default=None, compare=False)
+    inserted: Dims | None = None
 
     @classmethod
     def unknown(cls, shape: Shape) -> "Parts":
@@ -65,7 +67,15 @@ def join(first: Parts, second: Parts) -> Parts:
     pairs = zip(first.dims, second.dims, strict=True)
     a, b = first.values, second.values
     alike = a is not None and b is not None and np.array_equal(a, b)
-    return Parts(tuple(join_starts(*pair) for pair in pairs), a if alike else None)
+    return Parts(
+        tuple(join_starts(*pair) for pair in pairs),
+        a if alike else None,
+        _join_inserted(first.inserted, second.inserted),
+    )
+
+
+def _join_inserted(a: Dims | None, b: Dims | None) -> Dims | None:
+    return None if a is None or b is None else tuple(map(join_starts, a, b))
 
 
 def join_starts(a: Starts | None, b: Starts | None) -> Starts | None:
@@ -119,13 +129,19 @@ def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
     Such an order leaves the first and the last device in place. A shift along a dim, which a model
     asks for, does not: what it moves belongs to other indices than before.
     """
-    if dim == ANYWHERE:
-        return dim
+    if dim == ANYWHERE or (dim and all(dim[a] == dim[b] for a, b in pairs)):
+        return dim  # a shift of a half along another dim; who gets nothing has zeros
     source = {int(target): int(sender) for sender, target in pairs}
     last = len(source) - 1
     if dim is None or last != len(dim) - 1 or (source[0], source[last]) != (0, last):
         return None
     return tuple(dim[source[device]] for device in range(len(dim)))
+
+
+def transpose(parts: Parts, order: Sequence[int]) -> Parts:
+    """Follows dims into another order."""
+    inserted = parts.inserted and tuple(parts.inserted[dim] for dim in order)
+    return Parts(tuple(parts.dims[dim] for dim in order), inserted=inserted)
 
 
 def differs_within(dim: Starts, groups: Sequence[np.ndarray]) -> bool:
@@ -144,6 +160,14 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
     Where every device has the first element, there is no other. So `[2, 4] → [2, 1, 4]` may keep
     its last dim or split it in two.
     """
+    if parts.inserted and 1 not in target:
+        return Parts(_longer_dims(parts.inserted, source, target) or (None,) * len(target))
+    inserted = _longer_dims(parts.inserted or _certain(parts, source), source, target)
+    return dataclasses.replace(_reshape(parts, source, target), inserted=inserted)
+
+
+def _reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts:
+    """The same without what dims of one element have been inserted."""
     if _loses_a_dim(parts, source, target):
         return Parts((None,) * len(target))
     pairs = zip(source, parts.dims, strict=True)
@@ -157,10 +181,23 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
             dims[dim] = moved
     if list(target).count(1) > source.count(1):
         dims = [starts if starts is None or not any(starts) else None for starts in dims]
-    if [size for size in source if size > 1] != [size for size in target if size > 1]:
-        return Parts(tuple(dims))
-    longer = iter(starts for starts, size in zip(parts.dims, source, strict=True) if size > 1)
-    return Parts(tuple(dims), inserted=tuple(next(longer) if s > 1 else None for s in target))
+    return Parts(tuple(dims))
+
+
+def _certain(parts: Parts, source: Sequence[int]) -> Sequence[Starts | None] | None:
+    """The starts of all dims, if those of one element are not parts of longer ones."""
+    ones = [at for size, at in zip(source, parts.dims, strict=True) if size == 1]
+    return parts.dims if all(at and not any(at) for at in ones) else None
+
+
+def _longer_dims(
+    dims: Sequence[Starts | None] | None, source: Sequence[int], target: Sequence[int]
+) -> Dims | None:
+    """The starts where a reshape moves nothing but dims of one element, which get None."""
+    if dims is None or [n for n in source if n > 1] != [n for n in target if n > 1]:
+        return None
+    longer = iter(at for at, size in zip(dims, source, strict=True) if size > 1)
+    return tuple(next(longer) if size > 1 else None for size in target)
 
 
 def _loses_a_dim(parts: Parts, source: Sequence[int], target: Sequence[int]) -> bool:
@@ -229,12 +266,12 @@ def bitcast(parts: Parts, source: Instruction, target: Instruction) -> Parts:
     """Follows dims through a bitcast: a reshape of the dims in the order they have in memory."""
     before, after = _memory_order(source), _memory_order(target)
     old, new = source.shapes[0].dims, target.shapes[0].dims
-    if _loses_a_dim(parts, old, new):
+    if _loses_a_dim(parts, old, new) and not parts.inserted:
         return Parts((None,) * len(new))
-    physical = Parts(tuple(parts.dims[dim] for dim in before))
+    physical = transpose(parts, before)
     moved = reshape(physical, [old[d] for d in before], [new[d] for d in after])
 
-    def logical(dims: Sequence[Starts | None]) -> tuple[Starts | None, ...]:
+    def logical(dims: Sequence[Starts | None]) -> Dims:
         return tuple(dims[after.index(dim)] for dim in range(len(new)))
 
     return Parts(logical(moved.dims), inserted=moved.inserted and logical(moved.inserted))

@@ -125,10 +125,10 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if own and equation.name == "random_unwrap":
         return [equation.mixed("reads the words of the key, which are others in each part")]
     grown = equation.out_growing()
-    if not grown or first_mixed(states) or isinstance(states[0], PerRow):
-        return elementwise(equation, states)
     if len(grown) > 1:
         return [equation.mixed("draws something for each pair of rows")]
+    if not grown or first_mixed(states) or isinstance(states[0], PerRow):
+        return elementwise(equation, states)
     if not own:
         return [equation.mixed("draws from a key that the loss makes itself, for all rows alike")]
     dim = next(iter(grown))
