@@ -367,6 +367,10 @@ def test_configs_of_earlier_years_are_read(folder):
     path.write_text(json.dumps({**values, **late, "layer_types": None}))
     read = sk.hf.decoder_config(folder)
     assert (read.window, read.global_layers) == (9, (0,))
+    values = json.loads((_hf.ROOT / "gemma3" / "config.json").read_text())
+    path.write_text(json.dumps({**values, "layer_types": ["full_attention"] * 2}))
+    read = sk.hf.decoder_config(folder)
+    assert (read.window, read.local_rope_theta) == (None, None)
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
