@@ -100,7 +100,8 @@ class Follows:
     # for each dim of the parameter, the dim of the other one that it is split like; None for a dim
     # that stays whole
     dims: tuple[int | None, ...]
-    fix: str = ""  # what to do where the mesh does not divide its dims; "" for the usual advice
+    # what to do where its last dim has too few elements for this many shards; None for the usual
+    fix: Callable[[int], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
