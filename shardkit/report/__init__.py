@@ -23,7 +23,7 @@ from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
 from .findings._odd_declarations import AGREE, find_blamed
 from .findings._resharding import FOLLOW
-from .hlo._scope import scope_of
+from .hlo._scope import phase_of, scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
@@ -66,6 +66,7 @@ __all__ = [
     "find_first_reader",
     "find_profile",
     "model_time",
+    "phase_of",
     "read_ledger",
     "read_memory",
     "read_miscompiled",

@@ -213,18 +213,24 @@ class Program:
         return dict(self.mesh)
 
     def param_bytes(
-        self, axis: str, dtype: str | None, *, split: bool, trained: bool = False
+        self,
+        axis: str,
+        dtype: str | None,
+        *,
+        split: bool,
+        trained: bool = False,
+        backward: bool = False,
     ) -> int:
         """Bytes of one device's shards of the parameters that an axis splits, or does not split.
 
         Floats count as XLA's name of a dtype; None: each in its own. `trained` leaves out frozen
-        parameters, which have no gradients.
+        parameters, which have no gradients; `backward` those that the backward pass does not need.
         """
         return sum(
             leaf.device_bytes(self.sizes, dtype)
             for leaf in self.leaves
             if leaf.part == "params" and (axis in leaf.axes()) == split
-            if not (trained and leaf.frozen)
+            if not (trained and leaf.frozen) and not (backward and leaf.forward_only)
         )
 
     @property
