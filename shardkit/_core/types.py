@@ -8,6 +8,7 @@ import jax
 
 from .errors import Problem, StepError, raise_all
 from .options import matches_annotation, option_problems
+from .trainable import parse_trainable
 
 PyTree: TypeAlias = Any
 """Any pytree of JAX, with arrays or abstract arrays as leaves."""
@@ -21,8 +22,9 @@ Batch: TypeAlias = PyTree
 Key: TypeAlias = jax.Array
 """A typed PRNG key[], as `jax.random.key` makes it."""
 
-Trainable: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
-"""Which parameters are trained: globs over their paths, or a predicate of a path; None: all."""
+Trainable: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | PyTree | None"
+"""Which parameters are trained: globs over their paths, a predicate of a path, or a tree of
+booleans, of which one may stand for all below its path; None: all."""
 
 Scalar: TypeAlias = jax.Array
 """An array without dims, such as a loss: f32[]."""
@@ -125,6 +127,7 @@ class Loss:
     follows: tuple[Follows, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable", parse_trainable(self.trainable))
         problems = option_problems("Loss.", stateful=(self.stateful, bool))
         raise_all(StepError, "sk.Loss has a wrong option.", problems)
 
