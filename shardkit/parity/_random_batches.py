@@ -108,7 +108,7 @@ def _follow(jaxpr: core.Jaxpr, known: _Known, bounds: _Bounds) -> None:
             if len(body.outvars) == len(equation.outvars):
                 pairs = zip(equation.outvars, body.outvars, strict=True)
                 known.update({variable: look_up(atom) for variable, atom in pairs})
-        if not bodies:
+        if not bodies and equation.outvars:  # an optimization_barrier may have none
             known.update(dict.fromkeys(equation.outvars, _passed_on(equation, look_up)))
 
 
