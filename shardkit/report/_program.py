@@ -117,6 +117,7 @@ class Declarations:
         collective becomes a finding. Empty: nothing is declared, and no collective is judged.
       by_specs: kinds of other axes, derived from specs; they have a minimum, and judge nothing.
       accumulate: micro-batches per step.
+      reduce_at_end: gradients are reduced once, after the last micro-batch.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
@@ -140,6 +141,7 @@ class Declarations:
     kinds: tuple[AxisKind, ...] = ()
     by_specs: tuple[AxisKind, ...] = ()
     accumulate: int = 1
+    reduce_at_end: bool = False
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
     activation_bytes: int | None = None
