@@ -107,10 +107,12 @@ class _Uses(FlowRule):
 
 def _find_notes(equation: core.JaxprEqn) -> AxisTypes:
     """What an equation makes of a weight; nothing if shards become what the whole becomes."""
-    name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars]
+    name, operands = equation.primitive.name, list[Any](equation.invars)
+    shapes = [operand.aval.shape for operand in operands]
     inner = (shapes or [()])[0][1:]
     if name in _TAKING and shapes[0]:
-        ends = [v.aval.shape[len(v.aval.shape) - len(inner) :] for v in equation.outvars]
+        results = [out.aval.shape for out in list[Any](equation.outvars)]
+        ends = [shape[len(shape) - len(inner) :] for shape in results]
         return frozenset({_TAKEN} if ends == [inner] * len(ends) else {_COMPUTED})
     one_array = sum(shape != () for shape in shapes) == 1
     keeps = name in _KEEPING or (is_elementwise(equation) and one_array)
