@@ -56,6 +56,8 @@ def test_the_site_lists_every_page_and_every_public_name():
     listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().split("nav:")[1])
     assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
     assert len(listed) >= 25
+    notebooks = re.findall(r"\w+\.ipynb", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(notebooks) == sorted(path.name for path in (ROOT / "docs").glob("*.ipynb"))
     reference = "".join(path.read_text() for path in DOCS if path.parent.name == "api")
     named = set(re.findall(r"^::: shardkit\.(\S+)$", reference, re.M))
     expected = set(sk.__all__) - {"ShardkitError", "nn"}

@@ -162,6 +162,9 @@ def test_a_reduction_in_the_accumulation_loop():
     # Three of four reductions are in vain.
     assert finding.bytes == pytest.approx(3 * 2 * 7 / 8 * WEIGHTS, rel=1e-3)
     assert Report.of(made).reductions == {"data": 4.0}
+    assert 'Accumulate(4, reduce="end")' in finding.fix
+    (finding,) = findings(made, "reduction_in_loop", accumulate=4, reduce_at_end=True)
+    assert finding.fix.startswith('mode="shard_map"')  # the other is declared already
 
 
 def test_a_reduction_in_a_loop_of_the_model_is_found_without_declared_accumulation():

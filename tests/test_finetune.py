@@ -377,6 +377,24 @@ def test_nothing_expensive_runs_before_bad_input_is_named(tmp_path, monkeypatch,
     assert "model_type='llamo'" in refused()
 
 
+def test_adapters_that_peft_does_not_have_are_named_first(tmp_path, monkeypatch, capsys):
+    """GPT-2 has one module for queries, keys and values."""
+    place(tmp_path, monkeypatch, family="gpt2")
+    monkeypatch.setattr(sk.StepSpec, "compile", None)
+    options = {"train.export_adapter": "a", "data.packing": "false"}
+    options["lora.targets"] = "query"
+    assert main(arguments(**options)) == 2
+    said = capsys.readouterr().err
+    assert "layers/query  is a part of a module, whose parts PEFT adapts together" in said
+    assert "Fix: --set train.export=DIR, weights with the adapters merged; or other lora" in said
+
+
+def test_modules_of_experts_have_both_numbers():
+    pretrained = PretrainedDecoder(weights=str(_hf.ROOT / "mixtral")).open()
+    name = pretrained.module_name("layers/expert_up", (1, 3))
+    assert name == "model.layers.1.block_sparse_moe.experts.3.w3"
+
+
 def test_learned_positions_take_one_text_a_row(tmp_path):
     weights = f"model.weights={_hf.ROOT / 'gpt2'}"
     settings = [weights, "data.path=a.jsonl", "data.tokenizer=bytes"]

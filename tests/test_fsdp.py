@@ -124,3 +124,65 @@ def test_a_model_of_ones_own_marks_its_weights():
 def test_a_model_without_marks_cannot_keep_them():
     with pytest.raises(sk.errors.StepError, match=r"needs `sk\.nn\.use_param`, but"):
         own_step(KEPT, marked=False)
+
+
+def frozen_step(trained, scanned, **options):
+    """Four frozen layers between two trained matrices, of which some are trained."""
+
+    def init(key):
+        named = {"below": 1, "above": 1, **({"layers": 4} if scanned else dict.fromkeys("0123", 1))}
+        sizes = {name: (n, 32, 32) if name == "layers" else (32, 32) for name, n in named.items()}
+        return {
+            name: sk.WithAxes(
+                jax.random.normal(key, size) / 6, ("layers", "embed", None)[3 - len(size) :]
+            )
+            for name, size in sizes.items()
+        }
+
+    def loss(params, batch, key):
+        def layer(x, w):
+            w = sk.nn.use_param(w, "embed", None)
+            return jnp.tanh(sk.nn.constrain(x @ w, "batch", None)), None
+
+        x, _ = sk.nn.remat(layer)(batch, params["below"])
+        if scanned:
+            x, _ = jax.lax.scan(sk.nn.remat(layer, scanned=True), x, params["layers"])
+        for name in () if scanned else "0123":
+            x, _ = sk.nn.remat(layer)(x, params[name])
+        x, _ = sk.nn.remat(layer)(x, params["above"])
+        return (x**2).mean()
+
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=init,
+        batch=np.ones((8, 32), np.float32),
+        mesh=sk.MeshSpec(fsdp=4).build(devices=jax.devices()[:4]),
+        trainable=trained,
+        **options,
+    )
+
+
+FROZEN = {  # trained, in a loop: weights that the backward pass needs
+    ("above", True): 1,
+    ("below", True): 6,
+    ("above", False): 1,
+    ("below", False): 6,
+    ("2", False): 3,
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+@pytest.mark.parametrize("remat", some_quick(["none", "full"], "full"))
+@pytest.mark.parametrize(("trained", "scanned"), some_quick(FROZEN, ("above", True), ("2", False)))
+def test_frozen_weights_are_gathered_again_only_if_a_gradient_passes(trained, scanned, remat, mode):
+    made = frozen_step(trained, scanned, mode=mode, remat=remat, strategy=fsdp()).report()
+    one, again = 32 * 32 * 4 * 3 / 4, FROZEN[trained, scanned]
+    (least,) = made.minima
+    assert least.bytes == one * (6 + again + 1)
+    if scanned:  # of layers without a loop XLA may keep gathered weights
+        (trips,) = {sum(row.trips for row in made.ledger.where(kind="all-gather") if row.trips > 1)}
+        assert trips == 4 * (1 + (trained == "below"))
+    frozen = {f"f32[{size}]" for size in ("4,32,32", "4,8,32")}
+    reduced = [row for row in made.ledger if row.kind in ("all-reduce", "reduce-scatter")]
+    assert not frozen & {operand for row in reduced for operand in row.operands}

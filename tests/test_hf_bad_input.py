@@ -330,6 +330,12 @@ def test_a_table_of_another_type(table, folder):
     refused(lambda: _hf.load(folder, table=table), "table", 'Fix: {"layers/query": (')
 
 
+def test_what_a_table_of_ones_own_lacks_is_mended_there(folder):
+    table = {"norm": ("model.nrm.weight", "e -> e")}
+    said = ("model.nrm.weight is missing, and norm", "is not in the table", "the names in table=")
+    refused(lambda: _hf.load(folder, table=table), *said)
+
+
 def test_a_missing_key_is_named(folder):
     values = json.loads((folder / "config.json").read_text())
     del values["intermediate_size"], values["vocab_size"]
@@ -367,6 +373,10 @@ def test_configs_of_earlier_years_are_read(folder):
     path.write_text(json.dumps({**values, **late, "layer_types": None}))
     read = sk.hf.decoder_config(folder)
     assert (read.window, read.global_layers) == (9, (0,))
+    values = json.loads((_hf.ROOT / "gemma3" / "config.json").read_text())
+    path.write_text(json.dumps({**values, "layer_types": ["full_attention"] * 2}))
+    read = sk.hf.decoder_config(folder)
+    assert (read.window, read.local_rope_theta) == (None, None)
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):

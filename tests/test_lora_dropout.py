@@ -4,6 +4,7 @@ The loss, its masks and their keys are written by hand, on one device and withou
 """
 
 import dataclasses
+import itertools
 import zlib
 from unittest import mock
 
@@ -17,6 +18,7 @@ import shardkit as sk
 from shardkit.lm import DecoderConfig, decoder_model
 from shardkit.parallel.expert import _expert
 
+from ._quick import some_quick
 from .test_expert_parallel import exchanged
 from .test_lora_parts import (
     BATCH,
@@ -239,6 +241,69 @@ def test_products_with_other_rows_than_those_of_an_expert_are_refused():
     lora = sk.lora(lambda key: weights, loss, {"w": (2, "sio")}, dropout=RATE)
     with pytest.raises(sk.errors.StepError, match=r"w f32\[1,4,4\] .*with other rows than"):
         lora.loss_fn(lora.init(jax.random.key(0)), jnp.ones((2, 3, 4)), jax.random.key(1))
+
+
+# The dims of a weight whose inputs are heads: in its products as they are, joined, and divided.
+HEADS = {
+    "kept": ((4, 8, 16), ("heads", "head_dim", "embed")),
+    "joined": ((4, 8, 16), ("heads", "head_dim", "embed")),
+    "divided": ((32, 16), ("heads", "embed")),
+}
+
+
+def heads_gradients(form, named, strategy, **options):
+    """Gradients of the adapters of a weight [heads, head_dim, embed], with or without names."""
+    shape, axes = HEADS[form]
+    shapes = {"up": (16, 4, 8), "out": shape}
+    names = {"up": ("embed", "heads", "head_dim"), "out": axes}
+
+    def init(key):
+        arrays = {n: jnp.sin(jnp.arange(512.0)).reshape(size) for n, size in shapes.items()}
+        return {n: sk.WithAxes(x, names[n]) for n, x in arrays.items()} if named else arrays
+
+    def loss(params, batch, key):
+        x = sk.nn.constrain(batch, "batch", "embed", into=("heads",))
+        h = jnp.einsum("be,ehk->bhk", x, sk.nn.use_param(params["up"], *names["up"]))
+        w = sk.nn.use_param(params["out"], *axes)
+        if form == "joined":
+            y = h.reshape(h.shape[0], -1) @ w.reshape(-1, 16)
+        else:
+            y = jnp.einsum("bhk,hke->be", h, w.reshape(-1, 8, 16))
+        return jnp.mean(sk.nn.constrain(y, "batch", "embed", partial=("heads",)) ** 2)
+
+    batch = np.random.default_rng(0).normal(size=(8, 16)).astype("f")
+    letters = "io" if form == "divided" else "iio"
+    tuned = sk.lora(init, loss, {"out": (2, letters)}, dropout=RATE)
+    mesh_axes = [kind.axis for kind in strategy.kinds]
+    step = sk.compile_step(
+        tuned.loss_fn,
+        SGD,
+        init=tuned.init,
+        batch=batch,
+        mesh=sk.MeshSpec(**dict.fromkeys(mesh_axes, 2)).build(
+            devices=jax.devices()[: 2 ** len(mesh_axes)]
+        ),
+        strategy=strategy,
+        **options,
+    )
+    return jax.device_get(step.gradients(step.init(jax.random.key(0)), batch)[1]["lora"]["out"])
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    some_quick(itertools.product(HEADS, (True, False)), ("divided", True), ("joined", False)),
+)
+def test_inputs_that_a_reshape_takes_from_their_places(form, named):
+    """Of a weight that is split in its products they are refused: which ones are on a device?"""
+    strategy = S.data() | S.tensor() if named else S.fsdp(min_size=1)
+    if named and form != "kept":
+        with pytest.raises(sk.errors.StepError, match=r"out f32\[.*is split over devices") as error:
+            heads_gradients(form, named, strategy, mode="shard_map")
+        assert 'Fix: mode="auto", or sk.lora(..., dropout=0)' in str(error.value)
+        return
+    want = heads_gradients(form, named, S.data())
+    found = heads_gradients(form, named, strategy, mode="shard_map")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, want)
 
 
 @pytest.mark.slow

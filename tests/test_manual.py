@@ -19,6 +19,7 @@ from shardkit._core.split_rng import GrownDim, RandomDraws, part_keys
 from shardkit.testing import SHARD_MUTATIONS, kill_matrix
 
 from . import _parity
+from ._quick import some_quick
 
 # Its first state holds the gradients that the step made.
 OPTIMIZER = optax.chain(optax.trace(0.0), optax.clip_by_global_norm(0.5), optax.sgd(0.1))
@@ -187,6 +188,58 @@ def test_a_reduction_of_ones_own_over_the_rows_is_taken_as_it_is():
     state = step.init(jax.random.key(0))
     wanted = jax.jit(jax.grad(plain_loss))(jax.device_get(state.params), SMALL, None)
     assert_close(step.gradients(state, SMALL)[1], jax.device_get(wanted))
+
+
+def of_embed(params, name):
+    return sk.nn.use_param(params[name], "embed", None)
+
+
+# What else a loss does with weights that layers gather, or with others of the same axes.
+BESIDE_MARKS = {
+    "a sum over a marked weight": lambda p, x: (
+        jnp.mean((jnp.tanh(x @ of_embed(p, "up")) @ of_embed(p, "down")) ** 2)
+        + 0.1 * sum(jnp.sum(w**2) for w in p.values())
+    ),
+    "one that is not marked": lambda p, x: jnp.mean(
+        (jnp.tanh(x @ of_embed(p, "up")) @ p["down"]) ** 2
+    ),
+    "one that is marked once of twice": lambda p, x: jnp.mean(
+        (jnp.tanh(x @ of_embed(p, "up")) @ p["up"] @ of_embed(p, "down")) ** 2
+    ),
+    "one that is computed": lambda p, x: jnp.mean(
+        (x @ sk.nn.use_param(p["up"] / jnp.linalg.norm(p["up"], axis=0), "embed", None)) ** 2
+    ),
+    "one that is computed of two": lambda p, x: jnp.mean(
+        (x @ sk.nn.use_param(p["up"] * p["down"], "embed", None)) ** 2
+    ),
+    "one that is cut": lambda p, x: jnp.mean((x[:, :4] @ of_embed({"w": p["up"][2:6]}, "w")) ** 2),
+    "one in a loop": lambda p, x: jnp.mean(
+        jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ of_embed(p, "up")) @ p["down"], x) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "loss", some_quick(BESIDE_MARKS, "a sum over a marked weight", "one that is not marked")
+)
+def test_what_else_a_loss_does_with_marked_weights_is_that_of_one_device(loss):
+    def init(key):
+        pair = zip(("up", "down"), jax.random.split(key), strict=True)
+        return {n: sk.WithAxes(jax.random.normal(k, (8, 8)), ("embed", None)) for n, k in pair}
+
+    step = sk.compile_step(
+        lambda params, batch, key: BESIDE_MARKS[loss](params, batch["x"]),
+        OPTIMIZER,
+        init=init,
+        batch=SMALL,
+        mesh=mesh_of({"fsdp": 4}),
+        strategy=fsdp(),
+        mode="shard_map",
+    )
+    state = step.init(jax.random.key(0))
+    wanted = jax.value_and_grad(BESIDE_MARKS[loss])(jax.device_get(state.params), SMALL["x"])
+    metrics, grads = step.gradients(state, SMALL)
+    assert_close((metrics["loss"], grads), jax.device_get(wanted))
 
 
 def message_of(error, **options):

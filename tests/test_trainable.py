@@ -183,11 +183,37 @@ class Halves(eqx.Module):
         return self.head(jnp.tanh(self.body(x)))
 
 
-@pytest.mark.parametrize("form", ["linen", "equinox"])
-def test_an_adapter_says_what_is_trained(form):
-    declared = {"trainable": "head/*"}
+class Parts(nnx.Module):
+    def __init__(self, rngs):
+        self.body, self.head = nnx.Linear(64, 64, rngs=rngs), nnx.Linear(64, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.body(x)))
+
+
+def filter_of_equinox():
+    none = jax.tree.map(lambda _: False, Halves(jax.random.key(0)))
+    return eqx.tree_at(lambda m: m.head, none, jax.tree.map(lambda _: True, none.head))
+
+
+TREE = {"body": False, "head": {"kernel": True, "bias": True}}
+TRAINED = {
+    ("linen", "glob"): "head/*",
+    ("linen", "tree"): TREE,
+    ("equinox", "glob"): "head/*",
+    ("equinox", "tree"): filter_of_equinox(),
+    ("nnx", "filter"): nnx.PathContains("head"),
+    ("nnx", "tree"): TREE,
+}
+
+
+@pytest.mark.parametrize(("form", "of"), some_quick(TRAINED, ("equinox", "tree"), ("nnx", "tree")))
+def test_an_adapter_says_what_is_trained(form, of):
+    declared = {"trainable": TRAINED[form, of]}
     if form == "linen":
         model = sk.from_linen(Two(), lambda y, b: jnp.mean(y**2), {"x": X}, **declared)
+    elif form == "nnx":
+        model = sk.from_nnx(Parts, lambda m, b: jnp.mean(m(b["x"]) ** 2), **declared)
     else:
         model = sk.from_equinox(Halves, lambda m, b: jnp.mean(jax.vmap(m)(b["x"]) ** 2), **declared)
     step = make_step({"data": 2}, loss_fn=model.loss_fn, init=model.init, trainable=None)
@@ -288,6 +314,10 @@ def test_a_student_learns_from_a_frozen_teacher():
         ("**", r"table i32\[16\] +is not a floating-point array"),
         (None, r"table i32\[16\] +is not a floating-point array"),
         (3, "trainable +is of type int"),
+        ({"base": False, "lora": {"a": True}}, r"lora/b +has no boolean in trainable="),
+        ({"base": False, "lora": False, "table": False}, "trainable +selects none of the 5"),
+        ({"bse": True, "lora": True}, r"trainable/bse +is True, and no parameter is there"),
+        ({"base": False, "lora": 1, "table": False}, "trainable +is of type dict"),
         ((3,), "trainable +is of type tuple"),
     ],
 )
@@ -310,7 +340,13 @@ def test_no_parameters_are_an_error_of_init():
 
 
 @pytest.mark.parametrize(
-    "trainable", [["lora/a", "lora/b"], {"lora/*"}, lambda path: "lora" in path]
+    "trainable",
+    [
+        ["lora/a", "lora/b"],
+        {"lora/*"},
+        lambda path: "lora" in path,
+        {"base": False, "lora": {"a": True, "b": np.True_}, "table": False},
+    ],
 )
 def test_forms_of_the_declaration(trainable):
     step = make_step({"data": 2}, trainable=trainable)

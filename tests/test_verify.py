@@ -271,6 +271,14 @@ def test_a_loss_that_is_not_finite_names_the_fix():
     assert "Fix: verify(..., batches=[...])" in str(raised.value)
 
 
+def test_sums_of_random_floats_are_exact_in_any_order():
+    """Of weights near a sum of zero, devices and one device made sums that differed by more."""
+    step = factory(build_one_device_mesh(MeshSpec(data=2, tensor=4).build()))
+    for made in make_random_batches(step):
+        flat = made["x"].ravel()
+        assert np.cumsum(flat)[-1] == np.cumsum(flat[::-1])[-1] == flat.astype("f8").sum()
+
+
 def test_random_batches_have_the_declared_shapes():
     step = factory(build_one_device_mesh(MeshSpec(data=2, tensor=4).build()))
     first, second = make_random_batches(step)

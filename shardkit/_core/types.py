@@ -8,6 +8,7 @@ import jax
 
 from .errors import Problem, StepError, raise_all
 from .options import matches_annotation, option_problems
+from .trainable import parse_trainable
 
 PyTree: TypeAlias = Any
 """Any pytree of JAX, with arrays or abstract arrays as leaves."""
@@ -21,8 +22,9 @@ Batch: TypeAlias = PyTree
 Key: TypeAlias = jax.Array
 """A typed PRNG key[], as `jax.random.key` makes it."""
 
-Trainable: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
-"""Which parameters are trained: globs over their paths, or a predicate of a path; None: all."""
+Trainable: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | PyTree | None"
+"""Which parameters are trained: globs over their paths, a predicate of a path, or a tree of
+booleans, of which one may stand for all below its path; None: all."""
 
 Scalar: TypeAlias = jax.Array
 """An array without dims, such as a loss: f32[]."""
@@ -100,7 +102,8 @@ class Follows:
     # for each dim of the parameter, the dim of the other one that it is split like; None for a dim
     # that stays whole
     dims: tuple[int | None, ...]
-    fix: str = ""  # what to do where the mesh does not divide its dims; "" for the usual advice
+    # what to do where its last dim has too few elements for this many shards; None for the usual
+    fix: Callable[[int], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Loss:
     follows: tuple[Follows, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable", parse_trainable(self.trainable))
         problems = option_problems("Loss.", stateful=(self.stateful, bool))
         raise_all(StepError, "sk.Loss has a wrong option.", problems)
 

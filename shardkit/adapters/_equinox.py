@@ -41,8 +41,8 @@ def from_equinox(
         `jax.vmap`; the module is in inference mode in `step.evaluate`.
       axes: logical axis names of parameters, by globs over their paths as in `sk.PathRules`:
         `{"**/up/weight": ("mlp", "embed")}`. The first match wins.
-      trainable: the parameters that are trained, the others are frozen: globs over paths, or a
-        predicate, as for `sk.StepSpec`.
+      trainable: the parameters that are trained, the others are frozen: globs over paths, a
+        predicate, or a tree of booleans, as for `sk.StepSpec`.
 
     Returns:
       A `Model`. Its parameters are the module's floating-point arrays. Its other arrays, and those

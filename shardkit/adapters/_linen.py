@@ -54,8 +54,8 @@ def from_linen(
       rngs: names of the random streams that the module draws from besides `params`.
       mutable: collections that the module sows, such as `("losses", "intermediates")`. With them
         `outputs` is `(y, collections)`, as `module.apply(..., mutable=...)` returns it.
-      trainable: the parameters that are trained, the others are frozen: globs over paths, or a
-        predicate, as for `sk.StepSpec`.
+      trainable: the parameters that are trained, the others are frozen: globs over paths, a
+        predicate, or a tree of booleans, as for `sk.StepSpec`.
 
     Returns:
       A `Model`. Logical axes are those of `nn.with_logical_partitioning` and

@@ -6,7 +6,7 @@ so that draws depend on the key and the step alone.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 from .._core.errors import Problem, ShardingError, StepError, first_line, raise_all
+from .._core.trainable import parse_trainable
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ._arguments import check_model, loss_problems, maker_problems
 from ._model import Model, accept_key, check_state_is_given, nest, pad_axes, split_loss_output
@@ -39,9 +40,10 @@ def from_nnx(
         `sk.StepSpec` allows. The module is in training mode (`module.train()`) in steps and in
         evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key. What it
         sows is there after the call: `nnx.pop(module, nnx.Intermediate)`.
-      trainable: nnx filter of the variables that the optimizer updates. Every other `nnx.Param`
-        is frozen and stays in `state.params`; variables of other types, such as batch
-        statistics, and arrays without a variable are in `state.model_state`.
+      trainable: nnx filter of the variables that the optimizer updates, or a dict or `nnx.State` of
+        booleans, as for `sk.StepSpec`. Every other `nnx.Param` is frozen and stays in
+        `state.params`; variables of other types, such as batch statistics, and arrays without a
+        variable are in `state.model_state`.
 
     Returns:
       A `Model`. Logical axes are those of the variables' sharding metadata
@@ -64,7 +66,10 @@ def from_nnx(
             loss_problems(loss, ("module", "batch")),
         )
     )
-    call = accept_key(loss)
+    call, tree = accept_key(loss), None
+    if isinstance(trainable, Mapping):
+        tree = parse_trainable(trainable)
+        trainable = lambda path, _: tree("/".join(map(str, path)))  # noqa: E731
     template = _make_template(make_model, trainable)
 
     def init(key: Key) -> Any:
@@ -100,7 +105,7 @@ def from_nnx(
 
     stateful, trained = bool(template.model_state), template.trained
     # Globs are not used, since a name may have a `*` in it.
-    selected = trained.__contains__ if len(trained) < len(template.params) else None
+    selected = tree or (trained.__contains__ if len(trained) < len(template.params) else None)
     return Model(init, Loss(train, evaluate, stateful=stateful, trainable=selected), bind)
 
 

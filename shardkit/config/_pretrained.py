@@ -7,7 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from .. import hf
-from .._core.errors import ConfigError, DataError, raise_all
+from .._core.errors import CheckpointError, ConfigError, DataError, raise_all
 from .._core.io._files import path_problem
 from .._core.options import check_options
 from .._core.types import Key, Params
@@ -116,6 +116,12 @@ class PretrainedDecoder:
             hf.save(path, params, like=folder, vocab_padding=padding)
 
         def module_name(path: str, index: tuple[int, ...]) -> str:
-            return hf.find_family(folder).module_name(path).format(i=index[0])
+            name = hf.find_family(folder).module_name(path)
+            if name is None:
+                why = "is a part of a module, whose parts PEFT adapts together"
+                fix = "--set train.export=DIR, weights with the adapters merged; or other "
+                headline = "Adapters cannot be exported."
+                raise CheckpointError.of(headline, path, why, f"{fix}lora.targets")
+            return name.format(**dict(zip("ij", index, strict=False)))
 
         return Pretrained(str(folder), self.fingerprint, load, save, module_name)

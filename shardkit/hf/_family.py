@@ -72,13 +72,15 @@ class ModelFamily:
             if name not in repeated and not any(matches(g, name) for g in self.ignored_tensors)
         }
 
-    def module_name(self, leaf: str) -> str:
+    def module_name(self, leaf: str) -> str | None:
         """Returns the name of the module that holds a leaf, with `{i}` for the layer.
 
-        Adapters name the weights that they adapt in this way.
+        Adapters name the weights that they adapt in this way. None: it also holds other leaves.
 
         >>> from shardkit.hf import FAMILIES
         >>> FAMILIES["llama"].module_name("layers/query")
         'model.layers.{i}.self_attn.q_proj'
         """
-        return self.tensors[leaf][0].rpartition(".")[0]
+        tensor, _ = self.tensors[leaf]
+        shared = [name for name, _ in self.tensors.values()].count(tensor) > 1
+        return None if shared else tensor.rpartition(".")[0]

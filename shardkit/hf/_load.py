@@ -104,8 +104,9 @@ def load(
         layout = resolve_layout(spec, BoundSpec(spec, mesh).mesh)
         abstract, shardings = layout.state.params, layout.shardings.params
         wanted = leaves_by_path(abstract)
+        whose = "the names in table="
         if table is None:
-            family = find_family(folder)
+            whose, family = "the DecoderConfig of sk.hf.decoder_config(folder)", find_family(folder)
             table, tensors = family.named_like(tensors), family.parameters(tensors, wanted)
         rules = partial or {}
         adapters = list_adapters(spec, wanted, rules)
@@ -116,7 +117,7 @@ def load(
         problems += adapter_problems(adapters, key)
         problems += _dead_globs(rules, cast, tuple(wanted), stored)
         problems += _find_problems(sources, tensors, fresh_paths, rules, cast)
-        fix = "the DecoderConfig of sk.hf.decoder_config(folder), or partial={...}"
+        fix = f"{whose}, or partial={{...}}"
         raise_all(CheckpointError, f"{folder} does not fit the parameters.", problems, fix)
     named = [name for name in fresh_paths if name not in adapters]
     leaves = RestoreRequest(abstract, shardings, fresh=fresh).fresh_leaves(named)

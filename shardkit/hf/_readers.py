@@ -97,7 +97,7 @@ def _read_window(
     else:
         far = [i for i in range(number) if otherwise == "late" and i < first]
     if window is None or len(far) == number:
-        return {}
+        return {"local_rope_theta": None}  # that of layers with a window
     return {"window": window, "global_layers": tuple(far)}
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.io._files import local_path
 from .._core.types import Key, Params
-from ..peft import LoraModel, QuantizedModel
+from ..peft import LoraModel, QuantizedModel, name_modules
 from ..run.callbacks import Callback, RunContext
 from ..step import CompiledStep, StepSpec
 from ._config import TextTrainConfig
@@ -86,7 +86,10 @@ class Tuning:
             if name == "export_adapter" and self.adapted is None:
                 why = "has nothing to write: no adapters are trained"
                 problems.append(Problem(subject, why, "--set lora.rank=8"))
-        raise_all(CheckpointError, "The result cannot be exported.", problems)
+        headline = "The result cannot be exported."
+        raise_all(CheckpointError, headline, problems)
+        if self.loop.export_adapter and self.adapted and self.pretrained:
+            name_modules(self.adapted.adapted, self.pretrained.module_name, headline)
 
     @property
     def _exports(self) -> dict[str, str]:

@@ -5,10 +5,9 @@
 Collectives per step, n devices, W bytes of weights in compute dtype, G of gradients: gather
 forward, gather backward, reduce-scatter of gradients: (n−1)/n · (2W + G) per device. Weights are
 gathered layer by layer inside the scan over layers. With `reshard_after_forward=False` they are
-kept from forward to backward: (n−1)/n · (W + G), and W more memory. A frozen weight has no G. It is
-gathered like a trained one, with and without remat: the gradient of its input needs it again. Below
-the first trained weight there is no such gradient, and programs gather once; the minimum of the
-ledger does not follow gradients and counts two there, so their ratio may be below 1.
+kept from forward to backward: (n−1)/n · (W + G), and W more memory. A frozen weight has no G, so it
+is never scattered. The backward pass gathers it again if it recomputes its products, or if
+something below is trained: the gradient of its input needs it. Otherwise it is gathered once.
 
 Use when weights, gradients and optimizer state do not fit on one device, and the batch is large
 enough that computing on it takes longer than gathering weights. Do not use across slow links with
@@ -36,13 +35,13 @@ from ._names import activations, check_strategy, params
 from ._strategy import Strategy
 
 
-def fsdp_bytes(n: int, weights: float, gradients: float, gathers: int = 2) -> float:
-    """Bytes per device: weights gathered forward and, unless kept, backward; gradients scattered.
+def fsdp_bytes(n: int, forward: float, backward: float, gradients: float) -> float:
+    """Bytes per device: of weights that either pass gathers, and of gradients that are scattered.
 
-    >>> fsdp_bytes(4, 1000, 1000), fsdp_bytes(4, 1000, 1000, gathers=1)
+    >>> fsdp_bytes(4, 1000, 1000, 1000), fsdp_bytes(4, 1000, 0, 1000)
     (2250.0, 1500.0)
     """
-    return (n - 1) / n * (gathers * weights + gradients)
+    return (n - 1) / n * (forward + backward + gradients)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +133,11 @@ class Fsdp(Kind):
     def minimum(self, program: Program) -> float:
         """Rajbhandari et al. 2020 (ZeRO-3); gradients of unsplit parameters as for `data`."""
         n, declared = program.sizes[self.axis], program.declared
-        weights, gradients = (
-            n * program.param_bytes(self.axis, dtype, split=True, trained=trained)
-            for dtype, trained in ((declared.compute_dtype, False), (declared.reduce_dtype, True))
-        )
-        gathers = 2 if self.reshard_after_forward else 1
-        return self.gradient_all_reduce_bytes(program) + fsdp_bytes(n, weights, gradients, gathers)
+        size = functools.partial(program.param_bytes, self.axis, split=True)
+        weights, gradients = size(declared.compute_dtype), size(declared.reduce_dtype, trained=True)
+        again = size(declared.compute_dtype, backward=True) if self.reshard_after_forward else 0
+        sent = fsdp_bytes(n, n * weights, n * again, n * gradients)
+        return self.gradient_all_reduce_bytes(program) + sent
 
     @property
     def unmodelled_reason(self) -> str:

@@ -2,7 +2,7 @@
 
 from ._blocks import QuantizedLeaf
 from ._factors import AdaptedLeaf
-from ._files import module_names
+from ._files import module_names, name_modules
 from ._lora import LoraModel, lora
 from ._quantize import QuantizedModel, quantize
 
@@ -13,5 +13,6 @@ __all__ = [
     "QuantizedModel",
     "lora",
     "module_names",
+    "name_modules",
     "quantize",
 ]

@@ -9,6 +9,7 @@ of the kind's levels. Two nf4 codes are one byte, the first one in its upper hal
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -42,8 +43,19 @@ class QuantizedLeaf:
     def follows(self) -> Follows:
         """The scales, split over devices like their codes."""
         of, dims = self.leaf.path, tuple(range(len(self.leaf.shape)))
-        fix = f"a smaller block of {of} in sk.quantize, or a rule that leaves its last dim whole"
-        return Follows(join_path(SCALES, of), of, dims, fix)
+        return Follows(join_path(SCALES, of), of, dims, self.fix)
+
+    def fix(self, shards: int) -> str:
+        """What to declare where one of so many shards of the last dim is no whole number of blocks.
+
+        >>> QuantizedLeaf(Leaf("up", (8, 128), np.dtype("f")), "nf4", 64).fix(4)
+        'sk.quantize(..., {"up": ("nf4", 32)}), or a rule that leaves the last dim of up whole'
+        """
+        path, block = self.leaf.path, math.gcd(self.leaf.shape[-1] // shards, self.block)
+        rule = f"a rule that leaves the last dim of {path} whole"
+        if block % 2 and self.kind == "nf4":
+            return rule
+        return f'sk.quantize(..., {{"{path}": ("{self.kind}", {block})}}), or {rule}'
 
     def quantize(self, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codes and scales of a weight of the declared shape."""

@@ -78,7 +78,7 @@ def write_adapter(
     target = local_path(folder, CheckpointError, _NOT_SAVED)
     # Adapters are small, and a stacked one is many matrices: the first process writes them all.
     with collective_errors():
-        modules = _name_modules(adapted, names, _NOT_SAVED)
+        modules = name_modules(adapted, names, _NOT_SAVED)
         if is_first_process():
             existing = [p for p in (target / _WEIGHTS, target / _CONFIG) if p.exists()]
             problems = [Problem(str(path), "exists already", "another folder") for path in existing]
@@ -136,7 +136,7 @@ def _read_files(
     names: Names,
 ) -> Factors:
     source = local_path(folder, CheckpointError, _NOT_READ)
-    modules = _name_modules(adapted, names, _NOT_READ)
+    modules = name_modules(adapted, names, _NOT_READ)
     odd = [p for p in (source / _WEIGHTS, source / _CONFIG) if p.exists() and not p.is_file()]
     raise_all(CheckpointError, _NOT_READ, [Problem(str(p), "is no regular file") for p in odd])
     config = _read_config(source / _CONFIG)
@@ -159,10 +159,13 @@ def _read_files(
         }
 
 
-def _name_modules(
+def name_modules(
     adapted: Sequence[AdaptedLeaf], names: Names, headline: str
 ) -> dict[str, list[str]]:
-    """`{path: names of the modules}`, one for each matrix in row-major order."""
+    """`{path: names of the modules}`, one for each matrix in row-major order.
+
+    Raises CheckpointError if two matrices have one name.
+    """
     modules = {
         one.leaf.path: [
             names(one.leaf.path, tuple(map(int, index)))

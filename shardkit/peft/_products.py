@@ -9,7 +9,6 @@ weight is an error.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -300,13 +299,15 @@ class Products:
         """The dims of an input of which one device has a part, with their sizes and its start."""
         leaf, cut = weight.of.leaf, dict[int, tuple[int, Any]]()
         for at, dim in inputs if on_shards() else ():
-            size, labels = weight.value.shape[dim], weight.dims[dim]
-            whole = math.prod(leaf.shape[label] for label in labels)
-            name = leaf.axes[min(labels)] if leaf.axes and len(labels) == 1 else None
-            start = shard_offset(name, size) if name and whole % size == 0 else None
-            if size != whole and isinstance(start, jax.Array):  # else the model itself cut it
-                cut[at] = whole, start
-            elif size != whole and start is None:
+            labels, size = weight.dims[dim], weight.value.shape[dim]
+            names = [leaf.axes[label] for label in labels] if leaf.axes else []
+            starts = [shard_offset(name, size) for name in names if name]
+            start = next((x for x in starts if isinstance(x, jax.Array)), None)
+            # A dim that is one of the parameter's starts on this device where that one does.
+            here = [own for own in weight.dims if labels & own]
+            if start is not None and len(labels) == len(here) == 1:
+                cut[at] = leaf.shape[min(labels)], start
+            elif start is not None:
                 why = 'is split over devices in its products by mode="shard_map", where each '
                 why += "device would drop other elements of its input than one device does"
                 fix = 'mode="auto", or sk.lora(..., dropout=0)'

@@ -77,8 +77,10 @@ class QuantizedModel:
                 problems.append(Problem(str(one.leaf), why))
             elif not jnp.issubdtype(weight.dtype, jnp.floating):
                 problems.append(Problem(str(one.leaf), f"is {weight.dtype}: quantized already?"))
-            elif why := _cut_block(one, weight):
-                problems.append(Problem(str(one.leaf), why, "a smaller block, or another rule"))
+            elif one.leaf.shape[-1] // (shards := _count_shards(weight)) % one.block:
+                last = one.leaf.shape[-1] // shards
+                why = f"has shards of {last} along its last dim, no multiple of its block of "
+                problems.append(Problem(str(one.leaf), f"{why}{one.block}", one.fix(shards)))
         fix = "parameters as the init that was given to sk.quantize returns them"
         raise_all(StepError, "Weights cannot be quantized.", problems, fix)
         return _join(
@@ -119,8 +121,7 @@ def quantize(
     Args:
       init: of the model, or of what `sk.lora`, `sk.from_nnx` or another adapter returns. Its
         parameters are a dict.
-      loss_fn: the same; any loss that `sk.StepSpec` takes, but for an `sk.ShardMapLoss`. A
-        pipeline refuses it.
+      loss_fn: the same; any loss that `sk.StepSpec` takes, but for an `sk.ShardMapLoss`.
       kinds: `{glob over paths: kind}`, the first match wins: `"int8"` (255 even levels) or `"nf4"`
         (16 quantiles of a normal distribution), None to leave weights as they are. `("nf4", 32)`
         also says how many elements share a scale, by default 64. A block must divide the part of
@@ -264,11 +265,9 @@ def _run_on_shards(one: QuantizedLeaf, weights: Mapping[str, Any]) -> tuple[jax.
     return jax.jit(one.quantize, out_shardings=sharding and (sharding, sharding))(weight)
 
 
-def _cut_block(one: QuantizedLeaf, weight: Any) -> str:
-    """Why a weight's shards are no whole blocks; "" if they are."""
+def _count_shards(weight: Any) -> int:
+    """How many shards of the last dim of a weight there are on devices."""
     sharding = getattr(weight, "sharding", None)
     if not isinstance(sharding, NamedSharding) or isinstance(weight, jax.core.Tracer):
-        return ""
-    last = sharding.shard_shape(one.leaf.shape)[-1]
-    why = f"has shards of {last} along its last dim, no multiple of its block of {one.block}"
-    return why if last % one.block else ""
+        return 1
+    return weight.shape[-1] // sharding.shard_shape(weight.shape)[-1]

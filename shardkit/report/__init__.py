@@ -27,7 +27,7 @@ from .findings._finding import AGREE, FOLLOW, MOVE, Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
 from .findings._odd_declarations import find_split_dim
-from .hlo._scope import scope_of
+from .hlo._scope import phase_of, scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
@@ -73,6 +73,7 @@ __all__ = [
     "find_split_dim",
     "layouts_of_others",
     "model_time",
+    "phase_of",
     "read_ledger",
     "read_memory",
     "read_miscompiled",

@@ -30,6 +30,8 @@ class PlacedLeaf:
         finding.
       declared_by: the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown.
       frozen: a parameter without gradient.
+      forward_only: a frozen parameter that the backward pass does not need: no gradient flows
+        through its products, and it recomputes none of them.
     """
 
     part: str
@@ -39,6 +41,7 @@ class PlacedLeaf:
     declared_replicated: bool = False
     declared_by: str = ""
     frozen: bool = False
+    forward_only: bool = False
 
     @property
     def name(self) -> str:

@@ -117,6 +117,7 @@ class Declarations:
         collective becomes a finding. Empty: nothing is declared, and no collective is judged.
       by_specs: kinds of other axes, derived from specs; they have a minimum, and judge nothing.
       accumulate: micro-batches per step.
+      reduce_at_end: gradients are reduced once, after the last micro-batch.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
@@ -141,6 +142,7 @@ class Declarations:
     kinds: tuple[AxisKind, ...] = ()
     by_specs: tuple[AxisKind, ...] = ()
     accumulate: int = 1
+    reduce_at_end: bool = False
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
     activation_bytes: int | None = None
@@ -215,18 +217,24 @@ class Program:
         return dict(self.mesh)
 
     def param_bytes(
-        self, axis: str, dtype: str | None, *, split: bool, trained: bool = False
+        self,
+        axis: str,
+        dtype: str | None,
+        *,
+        split: bool,
+        trained: bool = False,
+        backward: bool = False,
     ) -> int:
         """Bytes of one device's shards of the parameters that an axis splits, or does not split.
 
         Floats count as XLA's name of a dtype; None: each in its own. `trained` leaves out frozen
-        parameters, which have no gradients.
+        parameters, which have no gradients; `backward` those that the backward pass does not need.
         """
         return sum(
             leaf.device_bytes(self.sizes, dtype)
             for leaf in self.leaves
             if leaf.part == "params" and (axis in leaf.axes()) == split
-            if not (trained and leaf.frozen)
+            if not (trained and leaf.frozen) and not (backward and leaf.forward_only)
         )
 
     @property

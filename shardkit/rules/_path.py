@@ -34,7 +34,7 @@ def _compile_glob(glob: str) -> re.Pattern[str]:
 def selects(declared: Trainable, path: str) -> bool:
     """Whether globs, or a predicate, choose a path; None chooses every one."""
     if declared is None or callable(declared):
-        return declared is None or declared(path)
+        return declared is None or bool(declared(path))
     globs = [declared] if isinstance(declared, str) else declared
     return any(matches(glob, path) for glob in globs)
 

@@ -1,6 +1,7 @@
 """Gives every leaf its spec, or lists everything that is wrong in all of them."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
@@ -163,7 +164,9 @@ def resolve_all(
         if f.of in specs and f.path in every:
             spec = _follow(f, specs[f.of])
             found = check_spec(every[f.path], spec, sizes, f"split like {f.of}")
-            problems += [Problem(p.subject, p.why, f.fix) if f.fix else p for p in found]
+            last = spec[-1] if len(spec) == len(every[f.path].shape) else None
+            fix = f.fix and f.fix(math.prod(sizes.get(axis, 1) for axis in axes_of(last)))
+            problems += [Problem(p.subject, p.why, fix) if fix else p for p in found]
             specs[f.path] = spec
     return specs, share_fixes(problems, sizes)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.equations import source_of_equation
@@ -22,7 +23,7 @@ from .._core.rewriting import rewrite
 from .._core.source import Source
 from .._core.tracing import equations
 from .._core.tree import format_bytes, list_leaves
-from .._core.types import Accumulate
+from .._core.types import Accumulate, Loss
 from ..nn._constrain import constrain_p
 from ..parallel import Strategy
 from ..report import (
@@ -36,13 +37,14 @@ from ..report import (
     Report,
     find_split_dim,
     layouts_of_others,
+    phase_of,
 )
 from ..rules import PathRules, Rule, first_match
 from ._bound_spec import BoundSpec
 from ._compiled_functions import CompiledFunctions
 from ._idle_options import find_idle_options
 from ._layout import StepLayout
-from ._objective import Loss
+from ._param_uses import find_param_uses
 from ._report import build_program
 
 if TYPE_CHECKING:
@@ -78,9 +80,24 @@ def build_report(
     program = build_program(bound, functions.layout, compiled, retraced)
     idle = tuple(find_idle_options(bound, compiled.jaxpr.jaxpr))
     declared = dataclasses.replace(program.declared, idle_options=idle)
-    program = dataclasses.replace(program, declared=declared)
+    leaves = tuple(_mark_forward_only(program.leaves, compiled.jaxpr.jaxpr))
+    program = dataclasses.replace(program, declared=declared, leaves=leaves)
     report = Report.of(program, chip=chip)
     return _try_fixes(report, bound, functions.layout, program) if try_fixes else report
+
+
+def _mark_forward_only(leaves: Sequence[PlacedLeaf], step: core.Jaxpr) -> Sequence[PlacedLeaf]:
+    """Marks the frozen parameters that the backward pass of a step does not need."""
+    if not any(leaf.frozen for leaf in leaves):
+        return leaves
+    frozen = [leaf.leaf.path if leaf.frozen else None for leaf in leaves]
+    uses = find_param_uses(dce_jaxpr(step, [True] * len(step.outvars))[0], frozen)
+    again = [use for use in uses if phase_of(use.path) in ("backward", "recompute")]
+    needed = frozenset[str]().union(*(use.leaves for use in again))
+    return [
+        dataclasses.replace(leaf, forward_only=leaf.frozen and leaf.leaf.path not in needed)
+        for leaf in leaves
+    ]
 
 
 def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout, program: Program) -> Report:

@@ -180,6 +180,7 @@ def _build_declared(
         kinds=strategy.kinds,
         by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
+        reduce_at_end=bound.spec.accumulate.reduce == "end",
         compute_dtype=compute and short_dtype(jnp.dtype(compute)),
         reduce_dtype=reduce and short_dtype(jnp.dtype(reduce)),
         activation_bytes=_activation_bytes(bound, layout, constrained),

@@ -13,6 +13,7 @@ from .._core.batch_values import to_abstract, to_arrays
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.io._notebook import notebook_html
 from .._core.precision import Precision, parse_precision
+from .._core.trainable import parse_trainable
 from .._core.tree import list_leaves
 from .._core.types import Accumulate, Batch, Follows, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
@@ -124,10 +125,11 @@ class StepSpec:
         `sk.Mean` of two sums over rows, without reading it from the program. Where the step splits
         rows, any other loss is an error; set this for one whose rows are independent in a way that
         cannot be seen.
-      trainable: the parameters that are trained: globs over paths (`"lora/**"`, or several), or a
-        predicate of a path. The others are frozen: laid out by the same rules and in the dtype
-        that `init` gives them, but without gradient, optimizer state, reduction, or part in
-        `grad_norm`. None: those that an adapter or `sk.Loss` names, else all.
+      trainable: the parameters that are trained: globs over paths (`"lora/**"`, or several), a
+        predicate of a path, or a tree of booleans as the parameters, of which one may stand for all
+        below it (`{"body": False, "head": True}`). The others are frozen: laid out by the same
+        rules and in the dtype that `init` gives them, but without gradient, optimizer state,
+        reduction, or part in `grad_norm`. None: those that an adapter or `sk.Loss` names, else all.
       row_dims: which dim of each leaf of the batch counts its rows, by globs over their paths, the
         first match: `{"tokens": 1, "class_weights": None, "**": 0}` for time-major tokens and a
         leaf without rows. The first entry of a spec as `strategy.batch` is then that of the rows,
@@ -179,6 +181,7 @@ class StepSpec:
         Raises StepError with every problem that can be found without a mesh.
         """
         self._set("batch", to_arrays(self.batch))
+        self._set("trainable", parse_trainable(self.trainable))
         overrides = {name: vars(self).pop(name) for name in _STRATEGY_FIELDS}
         problems = [*type_problems(self), *choice_problems(self), *batch_problems(self)]
         if isinstance(self.strategy, Strategy):
@@ -244,7 +247,7 @@ class StepSpec:
     def replace(self, **changes: Any) -> "StepSpec":
         """Returns the spec with some fields changed, checked again.
 
-        A new `strategy` brings its own `accumulate`, `remat` and `parse_precision`.
+        A new `strategy` brings its own `accumulate`, `remat` and `precision`.
 
         Args:
           **changes: fields of the spec.

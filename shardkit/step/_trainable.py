@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from .._core.partition import Partition
 from .._core.precision import Precision
+from .._core.trainable import TrainableTree
 from .._core.tree import Leaf, list_leaves
 from .._core.types import Loss, Params, Trainable
 from ..rules import matches, selects
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_trainable(declared: object) -> bool:
-    """Whether a value is globs, a predicate, or None."""
+    """Whether a value is globs, a predicate, a tree of booleans, or None."""
     if declared is None or isinstance(declared, str) or callable(declared):
         return True
     globs = isinstance(declared, Sequence | Set)
@@ -43,25 +44,25 @@ def find_partition(spec: "StepSpec", params: Params) -> Partition:
 
 
 def _select(declared: Trainable, leaves: Sequence[Leaf]) -> list[Leaf]:
-    chosen = [leaf for leaf in leaves if selects(declared, leaf.path)]
-    if callable(declared):
-        names = ["the predicate"]
-        dead = [] if chosen else names
-    else:
-        names = [declared] if isinstance(declared, str) else list(declared or ())
-        dead = [g for g in names if not any(matches(g, leaf.path) for leaf in leaves)]
     paths = [leaf.path for leaf in leaves]
-    problems = [
-        Problem(
-            f"trainable={name!r}" if name in dead and not callable(declared) else "trainable",
-            f"selects none of the {len(leaves)} parameters.{did_you_mean(name, paths)}",
-        )
-        for name in dead or ([] if chosen or not leaves else ["()"])
-    ]
+    problems = list(_selection_problems(declared, paths)) if leaves else []
     such = f", such as {paths[0]!r}" if paths else ""
     fix = f"paths of parameters{such}; or leave trainable out to train all"
     raise_all(StepError, "The trained parameters are declared wrongly.", problems, fix)
-    return chosen
+    return [leaf for leaf in leaves if selects(declared, leaf.path)]
+
+
+def _selection_problems(declared: Trainable, paths: Sequence[str]) -> Iterator[Problem]:
+    """Globs and booleans that stand for nothing, and declarations that choose nothing."""
+    found = list(declared.problems(paths)) if isinstance(declared, TrainableTree) else []
+    why = f"selects none of the {len(paths)} parameters."
+    if isinstance(declared, str) or not callable(declared):
+        for glob in [declared] if isinstance(declared, str) else declared or ():
+            if not any(matches(glob, path) for path in paths):
+                found.append(Problem(f"trainable={glob!r}", why + did_you_mean(glob, paths)))
+    if not found and not any(selects(declared, path) for path in paths):
+        found.append(Problem("trainable", why))
+    yield from found
 
 
 def _find_problems(trained: Sequence[Leaf], precision: Precision) -> Iterator[Problem]:

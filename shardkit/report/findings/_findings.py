@@ -82,13 +82,17 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
         reductions = gradient_reductions(program.ledger, axis, leaves, sizes)
         rows = list(dict.fromkeys(row for row, _ in reductions))
         wire = sum(row.wire_bytes for row in rows)
-        if steps > 1:
+        if steps > 1 and program.declared.reduce_at_end:
+            context = f", with {steps} micro-batches: the partitioner reduces them before the end"
+            fix, alternative = 'mode="shard_map", which reduces each gradient once', "shard_map"
+        elif steps > 1:
             context = f", with {steps} micro-batches"
-            fix = f'accumulate=sk.Accumulate({steps}, reduce="end")'
+            fix, alternative = f'accumulate=sk.Accumulate({steps}, reduce="end")', "end"
         else:
             context = ", in a loop that adds up the results"
             fix = 'accumulate=sk.Accumulate(k, reduce="end") in place of a loop over parts of the '
             fix += "batch; in any other loop, use each parameter once"
+            alternative = "shard_map"
         yield Finding(
             "reduction_in_loop",
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
@@ -97,7 +101,7 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             **about_rows(program.ledger, rows),
             why=f"each gradient is reduced {times:.3g} times per step over {axis!r}{context}",
             fix=fix,
-            alternatives=("end",) if steps > 1 else ("shard_map",),
+            alternatives=(alternative,),
         )
 
 

@@ -10,8 +10,9 @@ not: constants are equal everywhere, rows are not.
 `follow_types` finds the type that such a carry has after any number of turns.
 """
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 from jax.extend import core
 from jax.sharding import NamedSharding
@@ -28,11 +29,42 @@ _AXES = ("axes", "axis_name")
 _INNER = ("jaxpr", "call_jaxpr")
 
 
-def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
+class FlowRule(abc.ABC):
+    """What the results of an operation are, as sets of names, given what its operands are."""
+
+    @abc.abstractmethod
+    def result(self, equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> AxisTypes:
+        """The set of each result of an equation that is neither a loop, nor a branch, nor a call.
+
+        In loops it is asked again with larger sets, until they are what any number of turns gives.
+        """
+
+    def inside(self, equation: core.JaxprEqn) -> "FlowRule":
+        """The rule for the programs inside an equation."""
+        del equation
+        return self
+
+
+@final
+class _AxisRule(FlowRule):
+    """Results vary over the axes of the operands, and over those that a collective names."""
+
+    def result(self, equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> AxisTypes:
+        axes = frozenset(a for key in _AXES for a in _names(equation.params.get(key)))
+        joined = frozenset[str]().union(*inputs)
+        return joined - axes if equation.primitive.name in _REDUCING else joined | axes
+
+
+_AXES_OF_COLLECTIVES = _AxisRule()
+
+
+def follow_types(
+    jaxpr: Any, inputs: Sequence[AxisTypes], rule: FlowRule = _AXES_OF_COLLECTIVES
+) -> Followed:
     """Returns the types of the results of a program, open or closed, that was traced without types.
 
     Also whether some loop or branch inside has values whose types have to be widened, which JAX
-    refuses to do by itself. Constants have no types.
+    refuses to do by itself. Constants have no types. Another `rule` follows other sets.
     """
     jaxpr = open_jaxpr(jaxpr)[0]
     types: dict[Any, AxisTypes] = dict.fromkeys(jaxpr.constvars, frozenset())
@@ -43,7 +75,7 @@ def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
         return frozenset() if isinstance(variable, core.Literal) else types[variable]
 
     for equation in jaxpr.eqns:
-        results, inside = _follow_equation(equation, [read(v) for v in equation.invars])
+        results, inside = _follow_equation(equation, [read(v) for v in equation.invars], rule)
         types.update(zip(equation.outvars, results, strict=True))
         widened = widened or inside
     return [read(v) for v in jaxpr.outvars], widened
@@ -107,14 +139,18 @@ def split_while(
     return every[:tested], every[tested : tested + used], every[tested + used :]
 
 
-def scan_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[Any, Followed]:
+def scan_types(
+    equation: core.JaxprEqn, inputs: Sequence[AxisTypes], rule: FlowRule = _AXES_OF_COLLECTIVES
+) -> tuple[Any, Followed]:
     """The types of a scan's carry, and of its results."""
     fixed, carry, slices = split_scan(equation, inputs)
     body = equation.params["jaxpr"]
-    return loop_types(lambda carry: follow_types(body, [*fixed, *carry, *slices]), carry)
+    return loop_types(lambda carry: follow_types(body, [*fixed, *carry, *slices], rule), carry)
 
 
-def while_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[Any, Followed]:
+def while_types(
+    equation: core.JaxprEqn, inputs: Sequence[AxisTypes], rule: FlowRule = _AXES_OF_COLLECTIVES
+) -> tuple[Any, Followed]:
     """The types of a while loop's carry, which are those of its results.
 
     Where devices take other numbers of turns, whatever a turn changes varies over them.
@@ -123,40 +159,39 @@ def while_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[A
     condition, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
 
     def turn(carry: Sequence[AxisTypes]) -> Followed:
-        ((goes_on,), in_condition) = follow_types(condition, [*tested, *carry])
-        after, in_body = follow_types(body, [*fixed, *carry])
+        ((goes_on,), in_condition) = follow_types(condition, [*tested, *carry], rule)
+        after, in_body = follow_types(body, [*fixed, *carry], rule)
         return [types | goes_on for types in after], in_condition or in_body
 
     return loop_types(turn, carry)
 
 
-def branch_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> Followed:
+def branch_types(
+    equation: core.JaxprEqn, inputs: Sequence[AxisTypes], rule: FlowRule = _AXES_OF_COLLECTIVES
+) -> Followed:
     """The types of a conditional's results: a device may take another branch than the next."""
     which, *operands = inputs
-    followed = [follow_types(branch, operands) for branch in equation.params["branches"]]
+    followed = [follow_types(branch, operands, rule) for branch in equation.params["branches"]]
     outs = [which.union(*types) for types in zip(*(outs for outs, _ in followed), strict=True)]
     equal = all(types == outs for types, _ in followed)
     return outs, not equal or any(inside for _, inside in followed)
 
 
-def _follow_equation(equation: core.JaxprEqn, inputs: list[AxisTypes]) -> Followed:
-    name, params = equation.primitive.name, equation.params
-    joined: AxisTypes = frozenset().union(*inputs)
+def _follow_equation(equation: core.JaxprEqn, inputs: list[AxisTypes], rule: FlowRule) -> Followed:
+    name, params, inside = equation.primitive.name, equation.params, rule.inside(equation)
     if name == "scan":
-        carry, (results, inside) = scan_types(equation, inputs)
+        carry, (results, widened) = scan_types(equation, inputs, inside)
         started = split_scan(equation, inputs)[1]
-        return [*carry, *results[len(carry) :]], inside or carry != started
+        return [*carry, *results[len(carry) :]], widened or carry != started
     if name == "while":
-        carry, (_, inside) = while_types(equation, inputs)
-        return carry, inside or carry != split_while(equation, inputs)[2]
+        carry, (_, widened) = while_types(equation, inputs, inside)
+        return carry, widened or carry != split_while(equation, inputs)[2]
     if name == "cond":
-        return branch_types(equation, inputs)
+        return branch_types(equation, inputs, inside)
     for inner in _INNER:
         if inner in params and len(open_jaxpr(params[inner])[0].invars) == len(inputs):
-            return follow_types(params[inner], inputs)
-    axes = frozenset(a for key in _AXES for a in _names(params.get(key)))
-    own = joined - axes if name in _REDUCING else joined | axes
-    return [own] * len(equation.outvars), False
+            return follow_types(params[inner], inputs, inside)
+    return [rule.result(equation, inputs)] * len(equation.outvars), False
 
 
 def _names(axes: Any) -> tuple[str, ...]:

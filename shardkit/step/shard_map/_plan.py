@@ -20,12 +20,13 @@ from ..._core.split_rng import RandomDraws
 from ..._core.tracing import uses_dtype
 from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate, PyTree, Scalar
-from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, varying_axes
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, ShardMapLoss, varying_axes
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout
 from ._axis_types import follow_types
 from ._buckets import ParamPlan, flatten_dims
+from ._layer_gathers import find_layer_gathers
 from ._problems import (
     MarkedAxes,
     compression_problems,
@@ -107,27 +108,20 @@ def build_plan(
     # With one reduction after the last micro-batch, weights are gathered once before the first.
     layers_gather = whole_loss and not (accumulate.micro_batches > 1 and accumulate.reduce == "end")
 
-    problems: list[Problem] = []
-    parameters, gathered = [], {}
-    pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(updated), strict=True)
-    for leaf, (spec, update_spec) in zip(params, pairs, strict=True):
-        stored, finer = (_spec_dims(s, len(leaf.shape)) for s in (spec, update_spec))
-        whole = ((),) * len(stored)
-        storage = _storage_only_dims(leaf, stored, axis_rules) if whole_loss else whole
-        if whole_loss:
-            problems += leaf_problems(
-                leaf,
-                stored=stored,
-                storage=storage,
-                axis_rules=axis_rules,
-                marked=marked,
-                row_axes=row_axes,
-            )
-        names = _find_marked_names(leaf, storage, marked) if layers_gather else None
-        if names and any(storage):
-            gathered[names] = storage[-len(names) :]
-        by_step = whole if names else storage
-        parameters.append(_plan_param(stored, finer, by_step, row_axes + token_axes))
+    every_stored, every_finer = (_list_dims(params, of) for of in (specs.params, updated))
+    storages, problems = [((),) * len(dims) for dims in every_stored], list[Problem]()
+    if whole_loss:
+        pairs = zip(params, every_stored, strict=True)
+        storages = [_storage_only_dims(*pair, axis_rules) for pair in pairs]
+        given = {"axis_rules": axis_rules, "marked": marked, "row_axes": row_axes}
+        for leaf in zip(params, every_stored, storages, strict=True):
+            problems += leaf_problems(*leaf, **given)
+    find = find_layer_gathers if layers_gather else lambda *_: ({}, storages)
+    gathered, by_step = find(jaxpr.jaxpr, params, storages)
+    parameters = [
+        _plan_param(*dims, row_axes + token_axes)
+        for dims in zip(every_stored, every_finer, by_step, strict=True)
+    ]
     problems += name_problems(axis_rules, marked)
     problems += head_problems(axis_rules, marked)
     problems += compression_problems(bound, params, parameters, row_axes)
@@ -201,19 +195,14 @@ def kept_axes(bound: BoundSpec) -> Axes:
     return tuple(override.axis for name, override in overrides if name == "use_param")
 
 
+def _list_dims(params: Sequence[Leaf], specs: PyTree) -> list[Dims]:
+    """The mesh axes per dim of each parameter, by a tree of specs."""
+    pairs = zip(params, jax.tree.leaves(specs), strict=True)
+    return [_spec_dims(spec, len(leaf.shape)) for leaf, spec in pairs]
+
+
 def _spec_dims(spec: PartitionSpec, rank: int) -> Dims:
     return tuple(axes_of(entry) for entry in (*spec, *[None] * (rank - len(spec))))
-
-
-def _find_marked_names(leaf: Leaf, storage: Dims, marked: MarkedAxes) -> Names | None:
-    """The axes that a model passes to `use_param` for a leaf, or for its slices in a scan.
-
-    A stack ("layers", "embed", "mlp") is marked as ("embed", "mlp") inside the scan over layers.
-    """
-    for names in (leaf.axes, leaf.axes[1:] if leaf.axes and not storage[0] else None):
-        if names in marked.weights:
-            return names
-    return None
 
 
 def _storage_only_dims(leaf: Leaf, stored: Dims, axis_rules: ManualAxisRules) -> Dims:

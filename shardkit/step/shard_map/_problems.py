@@ -15,7 +15,7 @@ from ..._core.source import find_user_line
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
 from ...nn._constrain import constrain_p
-from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, use_param_p
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, ShardMapLoss
 from ...parallel import known_kinds
 from ...rules import axes_of, format_mesh
 from .._bound_spec import BoundSpec
@@ -26,9 +26,8 @@ from ._buckets import ParamPlan
 
 @dataclasses.dataclass(frozen=True)
 class MarkedAxes:
-    """The logical axes that a model passes to `use_param` and `constrain`."""
+    """The logical axes that a model passes to `constrain`."""
 
-    weights: frozenset[Names]  # axes of each weight that it passes to `use_param`
     into: frozenset[str]  # axes that it passes as `into=`
     activations: tuple[str, ...]  # every axis of an activation
     stated: tuple[str, ...]  # every axis that it passes as `source=`, `into=` or `partial=`
@@ -40,7 +39,6 @@ class MarkedAxes:
         constraints = [eqn.params for eqn in eqns if eqn.primitive is constrain_p]
         named = (name for params in constraints for name in params["names"] if name)
         return cls(
-            weights=frozenset(e.params["names"] for e in eqns if e.primitive is use_param_p),
             into=frozenset(name for params in constraints for name in params["into"]),
             activations=tuple(dict.fromkeys(named)),
             stated=tuple(dict.fromkeys(n for p in constraints for n in (*p["into"], *p["also"]))),
