@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.errors import StepError
 from .._core.train_state import TrainState
-from .._core.types import Key, PyTree
+from .._core.types import Batch, Key, Params, PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
@@ -147,6 +147,18 @@ class CompiledFunctions:
         return LossProgram.of(compiled, precision.compute_dtype, lowest)
 
     @functools.cached_property
+    def held_loss(self) -> CompiledProgram:
+        """`(state, batch, params) → (total, weight)`; see `_held_targets`."""
+
+        def build() -> Callable[..., PyTree]:
+            def run(state: TrainState, batch: Batch, start: Params) -> PyTree:
+                return self._functions.training_loss(self.training_loss.policy, start)(state, batch)
+
+            return run
+
+        return self._compile_on_batch(build, self._replicated, False, with_params=True)
+
+    @functools.cached_property
     def probes(self) -> Probes:
         """What `self_check` does to parameters and gradients beside running the loss."""
         return Probes(self._bound.spec, self.layout, self.training_loss.policy, self._bound.saved)
@@ -157,9 +169,15 @@ class CompiledFunctions:
         out_shardings: PyTree,
         per_shard: bool,
         donate: tuple[int, ...] = (),
+        with_params: bool = False,
     ) -> CompiledProgram:
-        """Compiles a function of `(state, batch)`; `per_shard`: its loss sees gradient shards."""
+        """Compiles a function of `(state, batch)`; `per_shard`: its loss sees gradient shards.
+
+        `with_params`: of `(state, batch, params)`.
+        """
         layout, names = self.layout, self._names
+        params = (layout.state.params,) if with_params else ()
+        param_shardings = (layout.shardings.params,) if with_params else ()
         around = StepContext(
             names.mesh,
             layout.row_axes,
@@ -173,8 +191,8 @@ class CompiledFunctions:
         with use_overrides(self._bound.overrides, around) as marks:
             return self._compile(
                 run,
-                args=(layout.state, layout.batch),
-                in_shardings=(layout.shardings, layout.batch_shardings),
+                args=(layout.state, layout.batch, *params),
+                in_shardings=(layout.shardings, layout.batch_shardings, *param_shardings),
                 out_shardings=out_shardings,
                 donate=donate,
                 marks=marks,

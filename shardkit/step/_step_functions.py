@@ -34,7 +34,7 @@ from ._update import (
     build_train_step,
     check_state_types,
 )
-from .self_check import build_plain_objective, build_training_loss
+from .self_check import build_plain_objective, build_training_loss, hold_targets
 from .shard_map._build import build_on_shards
 from .shard_map._plan import kept_axes
 
@@ -134,18 +134,24 @@ class StepFunctions:
             loss = keep_convolutions(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 
-    def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
+    def training_loss(
+        self, policy: str | None, start: Params | None = None
+    ) -> Callable[[TrainState, Batch], Any]:
         """Builds `(state, batch) → (total, weight)` of the training loss.
 
-        It sees the parameters in the dtype `policy`; None: as they are stored.
+        It sees the parameters in the dtype `policy`; None: as they are stored. With `start`, what
+        is behind `stop_gradient` is that of these parameters.
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         loss = add_up_parts(loss, self._traced, self.layout)
         on_shards = spec.mode == "shard_map"
         if not on_shards:
             loss = keep_convolutions(loss, self.bound, self.layout)
+        loss = self._build_on_shards(loss) if on_shards else loss
+        if start is not None:
+            loss = hold_targets(loss, cast_floats(start, policy))
         return build_training_loss(
-            self._build_on_shards(loss) if on_shards else loss,
+            loss,
             lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,

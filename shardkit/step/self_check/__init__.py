@@ -1,6 +1,7 @@
 """`CompiledStep.self_check`: the compiled gradient held to the loss of the same mesh."""
 
 from ._check import run_self_check
+from ._held_targets import hold_targets
 from ._probes import Probes
 from ._result import Check, SelfCheck
 from ._training_loss import LossProgram, build_plain_objective, build_training_loss
@@ -12,5 +13,6 @@ __all__ = [
     "SelfCheck",
     "build_plain_objective",
     "build_training_loss",
+    "hold_targets",
     "run_self_check",
 ]

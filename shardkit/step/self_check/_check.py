@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._core.draws import list_draws
+from ..._core.errors import StepError
 from ..._core.tracing import equations
 from ..._core.train_state import TrainState
 from ..._core.tree import list_leaves, path_ends
@@ -21,6 +22,7 @@ from ._result import Check, SelfCheck
 
 if TYPE_CHECKING:
     from .._bound_spec import BoundSpec
+    from .._compile import CompiledProgram
     from .._compiled_functions import CompiledFunctions
 
 # Primitives by which what a row contributes depends on its place among the rows: experts' slots.
@@ -160,33 +162,60 @@ class _Run:
         direction = choose_direction(measure, self._rng, len(probes.paths))
         self._norms = direction.norms
 
-        def evaluate(amounts: np.ndarray) -> float:
-            params = self._probe("move")(state.params, direction.seeds, amounts)
-            total, _ = self._totals(dataclasses.replace(state, params=params), self._batch)
-            return total / self._weight if self._weight else 0.0
-
         def predict(amounts: np.ndarray) -> np.ndarray:
             if probes.is_exact:  # one program fewer to compile
                 return 2 * amounts * direction.slopes
             return np.asarray(self._probe("predict")(state.params, grads, direction.seeds, amounts))
 
-        test = GradientTest(direction, evaluate, predict, self._limits, abs(loss))
+        def compare(totals: Callable[[TrainState], tuple[float, float]]) -> GradientTest:
+            def evaluate(amounts: np.ndarray) -> float:
+                params = self._probe("move")(state.params, direction.seeds, amounts)
+                total, _ = totals(dataclasses.replace(state, params=params))
+                return total / self._weight if self._weight else 0.0
+
+            return GradientTest(direction, evaluate, predict, self._limits, abs(loss))
+
+        test = compare(lambda moved: self._totals(moved, self._batch))
         check, step = test.run()
-        if check.verdict != "FAILED":
-            return check
+        if check.verdict != "ok" and self._count("stop_gradient") and (held := self._held_loss()):
+            test = compare(lambda moved: self._held_totals(held, moved))
+            check, step = test.run()
+        return check if check.verdict != "FAILED" else self._name_leaf(test, check, step)
+
+    def _held_loss(self) -> "CompiledProgram | None":
+        """The loss with what is behind `stop_gradient` held; None if the model cannot be mapped."""
+        known = "held_loss" in vars(self._programs)
+        try:
+            held = self._programs.held_loss
+        except (StepError, TypeError, ValueError, NotImplementedError):
+            return None
+        self.compile_seconds += 0 if known else sum(held.seconds)
+        return held
+
+    def _held_totals(self, held: "CompiledProgram", moved: TrainState) -> tuple[float, float]:
+        """`_totals` of moved parameters, with what is behind `stop_gradient` as of the state."""
+        self.evaluations += 2
+        total, weight = held.compiled(moved, self._batch, self._state.params)
+        return float(total), float(weight)
+
+    def _name_leaf(self, test: GradientTest, check: Check, step: float) -> Check:
+        """Adds to a check that failed which leaf is off."""
         index, gap = test.worst_leaf(step, check.threshold)
         if index is None:
             why = "the gradient differs from the loss, in no one leaf alone"
             return dataclasses.replace(check, why=why + self._surrogates())
-        leaf = str(list_leaves({"params": state.params})[index])
+        leaf = str(list_leaves({"params": self._state.params})[index])
         why = f"its gradient is off by {gap:.1e} of its size{self._surrogates()}"
         return dataclasses.replace(check, leaf=leaf, why=why)
 
+    def _count(self, *names: str) -> int:
+        """Equations of the loss whose name begins so."""
+        found = equations(self._loss_program.jaxpr.jaxpr)
+        return sum(eqn.primitive.name.startswith(names) for eqn in found)
+
     def _surrogates(self) -> str:
         """Where the gradient may rightly differ from the loss: it is not its derivative there."""
-        names = [eqn.primitive.name for eqn in equations(self._loss_program.jaxpr.jaxpr)]
-        stops = sum(name == "stop_gradient" for name in names)
-        own = sum(name.startswith(("custom_vjp", "custom_jvp")) for name in names)
+        stops, own = self._count("stop_gradient"), self._count("custom_vjp", "custom_jvp")
         if not (stops or own):
             return ""
         return f" (the loss stops gradients {stops} times and has {own} derivatives of its own)"

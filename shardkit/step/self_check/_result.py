@@ -16,8 +16,8 @@ _FIXES = {
     "rows": "return sk.Mean(total, weight) where rows weigh differently; no statistic of the batch",
     "gradient": (
         "another order of the batch axes, sk.nn.constrain on the activations around the leaf, or "
-        "mode='shard_map'; where the loss means its gradient to differ (straight-through, "
-        "targets behind stop_gradient): TrainConfig(check='off')"
+        "mode='shard_map'; where a custom_vjp of the loss means another gradient: "
+        "TrainConfig(check='off')"
     ),
     "grad_norm": "sk.verify(spec, meshes=[mesh]) on a small model, which names the leaf",
     "copies": "no shard_map(check_vma=False) in the loss, or a psum over each axis it splits",
