@@ -195,8 +195,14 @@ def test_stages_without_a_key_drop_what_one_device_drops():
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
+# Each kind with what it is most often used with; the others are parts of these.
+TOGETHER = (
+    *("pipeline in turns", "interleaved", "experts, accumulated", "shard_map, accumulated"),
+    *("capacity, accumulated", "codes, pipeline of experts"),
+)
+
+
+@pytest.mark.parametrize("cell", some_quick(CELLS, slow=TOGETHER))
 def test_steps_equal_those_written_by_hand(cell):
     check_steps(*CELLS[cell])
 

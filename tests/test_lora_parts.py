@@ -13,6 +13,8 @@ import pytest
 
 import shardkit as sk
 
+from ._quick import some_quick
+
 RNG = np.random.default_rng(0)
 LAYERS, EXPERTS, CHOICES, WIDTH, HIDDEN, RANK, SCALE = 2, 4, 2, 16, 32, 3, 2.0
 BATCH = {
@@ -169,7 +171,11 @@ CELLS = {
         {"capacity": CAPACITY, "codes": True},
     ),
 }
-FAST = ("experts",)
+# The other cells are parts of these.
+TOGETHER = (
+    *("codes, pipeline of experts", "codes, gathered", "interleaved", "dropless, shard_map"),
+    *("pipeline, remat", "capacity"),
+)
 
 
 def pipeline(**options):
@@ -194,9 +200,7 @@ def start_at(params, model, strategy, sizes, **options):
     return step, state
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
-)
+@pytest.mark.parametrize("cell", some_quick(CELLS, "experts", slow=TOGETHER))
 def test_steps_equal_those_written_by_hand(cell):
     strategy, sizes, options, of_model = CELLS[cell]
     model, params, floats = make_model(**of_model)
