@@ -1,4 +1,4 @@
-"""Finds the constraint that all other declarations disagree with.
+"""Finds the declarations that all others disagree with: a constraint, a rule, the batch's layout.
 
 The dims of a traced step's arrays fall into classes: dims that operations pass on to one another,
 so that a layout of one is the layout of all. On mesh (data=2, tensor=4):
