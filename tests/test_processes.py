@@ -14,7 +14,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.processes import launch
+from shardkit.processes import _launch, launch
 from shardkit.processes._cluster import (
     check_environment,
     check_port,
@@ -489,7 +489,8 @@ class Late(InterruptGuard):
         time.sleep(0.5)
         super()._exit_unless_raised(number)
 
-child = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(30)"
+# After a second the launcher supervises.
+child = "import os, time; time.sleep(1); os.kill(os.getppid(), 2); time.sleep(30)"
 with Late():
     code = launch([sys.executable, "-c", child], 1)
     time.sleep(1.5)
@@ -502,6 +503,24 @@ def test_ctrl_c_that_the_launcher_has_handled_is_no_news_to_a_thread_that_hears_
         [sys.executable, "-c", HEARS_LATE], capture_output=True, text=True, timeout=60
     )
     assert run.stdout == "the child ended with 130\n", run.stderr
+
+
+def test_ctrl_c_while_processes_start_leaves_none_behind(monkeypatch, tmp_path):
+    """The window is short: here it is when the last one has started, and nothing watches yet."""
+
+    def interrupted(children):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_launch, "_killed_with_launcher", interrupted)
+    started = []
+    monkeypatch.setattr(
+        _launch,
+        "_popen",
+        lambda *args, popen=_launch._popen: started.append(popen(*args)) or started[-1],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        launch([sys.executable, "-c", "import time; time.sleep(60)"], 2)
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
 
 
 STARTS = """

@@ -50,9 +50,17 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None) -
       ProcessError: the command or a number is not valid.
     """
     _check(command, processes, devices)
-    children = list(_start(command, processes, devices))
-    with _killed_with_launcher(children):
-        return _Supervisor(children).wait()
+    children: list[_Child] = []
+    try:
+        children.extend(_start(command, processes, devices))
+        with _killed_with_launcher(children):
+            return _Supervisor(children).wait()
+    except BaseException:  # as Ctrl-C while they start, before anything watches over them
+        for child in children:
+            child.signal(signal.SIGKILL)
+            child.process.wait()
+            child.close()
+        raise
 
 
 def _check(command: Sequence[str], processes: int, devices: int | None) -> None:
@@ -81,6 +89,11 @@ class _Child:
     step: int = 0  # last update that it reported
     # lines of its standard error that are not shown yet, each with its arrival time
     delayed: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the process and all that it has started, if it is running."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
 
     def close(self) -> None:
         """Closes the connection and the pipes."""
@@ -199,7 +212,7 @@ class _Supervisor:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(heard)
             for child in self._children:
-                self._signal(child, signal.SIGKILL)
+                child.signal(signal.SIGKILL)
                 child.close()
             self._selector.close()
         return self._exit_code()
@@ -259,7 +272,7 @@ class _Supervisor:
         for limit, number in ((_TERMINATE, signal.SIGTERM), (_KILL, signal.SIGKILL)):
             if elapsed > limit:
                 for child in self._children:
-                    self._signal(child, number)
+                    child.signal(number)
 
     def _note_failure(self, child: _Child) -> None:
         if self._failed_at is None:
@@ -301,11 +314,7 @@ class _Supervisor:
         for child in self._children:
             if self._interrupted:
                 child.control.send("interrupt")
-            self._signal(child, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-
-    def _signal(self, child: _Child, number: signal.Signals) -> None:
-        if child.process.poll() is None:
-            os.killpg(child.process.pid, number)
+            child.signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
 
     def _exit_code(self) -> int:
         codes = [child.process.wait() for child in self._children]
