@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.parity import ParityRow, make_random_batches
+from shardkit.parity._compare import ErrorLimits, compare_with_reference
 from shardkit.parity._default_meshes import odd_shapes
 from shardkit.parity._likely_cause import find_likely_cause
+from shardkit.parity._observe import Observation
 from shardkit.parity._random_batches import find_integer_bounds
 from shardkit.testing import RARE_MUTATIONS, kill_matrix
 
@@ -383,3 +385,27 @@ def test_a_loss_that_mixes_rows_is_named_with_its_line():
     assert f"{where} likely: {cause}" in str(found)
     with pytest.raises(sk.errors.VerificationError, match="likely: the loss mixes rows"):
         found.check()
+
+
+def test_a_leaf_that_rounding_alone_moves_by_its_own_size_is_held_to_that():
+    """Adam moves each element of an adapter that starts at zero by the rate, whichever way."""
+
+    def record(up, w=1.0):
+        state = {"params/up": np.array(up, "f"), "params/w": np.full(4, w, "f")}
+        return {"init": {}, "k-step state": state}
+
+    def later_state(observed):
+        seen = Observation(observed, (), (), later_calls=0, later_compiles=0)
+        nudged = [record([1, 1, -1, 1]), record([-1, 1, 1, -1])]
+        rows = compare_with_reference(
+            "", seen, record([1, -1, 1, -1]), nudged, ErrorLimits.of("bfloat16")
+        )
+        (row,) = [row for row in rows if row.check == "k-step state"]
+        return row
+
+    assert later_state(record([1, 1, 1, 1])).ok
+    assert later_state(record([40, 1, 1, 1])).leaf == "params/up"
+    assert not later_state(record([40, 1, 1, 1])).ok
+    # What it does is no measure of the others.
+    assert later_state(record([1, -1, 1, -1], w=1.2)).leaf == "params/w"
+    assert not later_state(record([1, -1, 1, -1], w=1.2)).ok

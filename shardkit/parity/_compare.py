@@ -7,7 +7,8 @@ largest magnitude in its tree. Metrics are each a tree of their own.
 A gradient that a nudge changes by more than half of its size is zero up to rounding, as that of a
 bias in front of a BatchNorm. Its noise is its own: it neither widens the thresholds of the other
 leaves, nor is held to theirs. Adam divides it by its size, so what the steps make of its parameter
-is held to the noise alone.
+is held to the noise alone. So is a leaf of a later state that a nudge changes by more than half, as
+in bf16 an adapter that starts at zero: after one update each element is plus or minus the rate.
 
 Where rounding is coarse (bf16), that error cannot tell a gradient from one a tenth larger. So the
 projection of each leaf on the reference is compared too: in it the rounding of elements averages
@@ -221,16 +222,17 @@ def _compare_leaves(
             noise = max(find_worst_leaf(x, expected)[1] for x in others)
             yield _number_row(check, path, actual, expected, noise=noise, limits=limits)
         return
-    own = {
-        path
-        for path in reference
-        if any(path == name or path.endswith(f"/{name}") for name in vanishing)
-    }
     errors, noises = compute_errors(leaves, reference), {path: 0.0 for path in reference}
     for x in nudged:
         noises.update(
             {p: max(noises.get(p, 0.0), e) for p, e in compute_errors(x, reference).items()}
         )
+    own = {
+        path
+        for path in reference
+        if any(path == name or path.endswith(f"/{name}") for name in vanishing)
+        or (check in AFTER_STEPS and _ROUNDING < noises[path] < np.inf)
+    }
     noise = max((n for path, n in noises.items() if path not in own), default=0.0)
     common = {path: error for path, error in errors.items() if path not in own}
     if common:
