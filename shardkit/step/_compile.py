@@ -71,26 +71,28 @@ class CompiledProgram:
         return self.kept_as or self._compute_name()
 
     @functools.cached_property
-    def _to_read(self) -> KeptProgram:
-        """The same program with what a report reads.
+    def _printed_again(self) -> tuple[str, str] | None:
+        """Text and messages of a second compilation; None if those of the first are right.
 
         Caches have the source lines of when the program was compiled, and JAX's does not have what
-        the compiler printed: the program is compiled once more then, without them.
+        the compiler printed: the program is compiled once more then, without them, and dropped.
         """
-        stale = self.from_cache and self._made.lines != self._compute_lines()
-        return self._compile_again() if stale else self._made
+        if not self.from_cache or self._made.lines == self._compute_lines():
+            return None
+        again = self._compile_again()
+        return _text_of(again.compiled), again.messages
 
     @property
     def messages(self) -> str:
         """What the compiler prints to file descriptor 2."""
-        return self._to_read.messages
+        again = self._printed_again
+        return again[1] if again else self._made.messages
 
     @property
     def hlo(self) -> str:
         """Text of the optimized program that each device runs."""
-        text = self._to_read.compiled.as_text()
-        assert text is not None, "every backend of JAX can print its executables"
-        return text
+        again = self._printed_again
+        return again[0] if again else _text_of(self.compiled)
 
     def keep(self) -> KeptProgram:
         """What a file keeps of it."""
@@ -170,6 +172,12 @@ def compile_program(
     if saved and not program.from_cache:
         saved.store(name, program.keep())
     return program
+
+
+def _text_of(compiled: jax.stages.Compiled) -> str:
+    text = compiled.as_text()
+    assert text is not None, "every backend of JAX can print its executables"
+    return text
 
 
 def _check_collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> None:
