@@ -1,6 +1,6 @@
-"""Peak memory of a load and of a save of about 1 GB in four files, on 8 simulated devices.
+"""Peak memory of a load and of a save of about 2 GB in four files, on 8 simulated devices.
 
-    python benchmarks/hf_memory.py [--gigabytes 1]
+    python benchmarks/hf_memory.py [--gigabytes 2]
 
 Each row is a process of its own. The peak is the largest resident set since just before the call,
 less the one just before it; it includes the pages of files that are mapped.
@@ -109,7 +109,7 @@ def child(what: str, folder: pathlib.Path) -> None:
 def main() -> None:
     """Runs a process for each call, and writes the result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--child", nargs=2)
     arguments = parser.parse_args()
     if arguments.child:
