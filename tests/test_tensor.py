@@ -53,6 +53,14 @@ def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
     assert "map 'kv_heads' to None" in text
 
 
+def test_a_vocabulary_that_the_axis_does_not_divide_names_the_padding_that_does():
+    with pytest.raises(sk.errors.ShardingError) as caught:
+        compiled(tensor(), vocab=VOCAB + 1)
+    assert "vocab_padding=3 of DecoderConfig" in str(caught.value)
+    padded = compiled(tensor(), vocab=VOCAB + 1, vocab_padding=3)
+    assert padded.layout.state.params["head"].shape[-1] == VOCAB + 4
+
+
 def test_a_policy_that_there_is_not():
     with pytest.raises(sk.errors.StepError) as caught:
         tensor(kv_heads="replicated")

@@ -113,6 +113,9 @@ def _find_option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
     if problem.logical == "kv_heads":
         call = 'strategies.tensor(kv_heads="replicate")'
         return f'{call} in mode="auto" for fewer groups than devices'
+    if problem.logical == "vocab":
+        added = -problem.size % shard_count(problem.axes, sizes)
+        return f"{added} more rows that no token has (vocab_padding={added} of DecoderConfig)"
     if problem.logical == "layers":
         stages = balanced_sizes(problem.size, shard_count(problem.axes, sizes))
         call = f"strategies.pipeline(..., layers_per_stage={stages})"
