@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import hf as hf
     from . import nn as nn
+    from . import testing as testing
     from ._core.errors import RetraceWarning as RetraceWarning
     from ._core.errors import SavedStepWarning as SavedStepWarning
     from ._core.errors import ShardkitError as ShardkitError
@@ -71,7 +72,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            "data errors hf nn": None,
+            "data errors hf nn testing": None,
             "RetraceWarning SavedStepWarning ShardkitError": "._core.errors",
             "Precision": "._core.precision",
             "TrainState": "._core.train_state",

@@ -54,6 +54,23 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("trian nano", "Did you mean 'train'?"),
+        ("train nano --step 3", "shardkit train: error: unrecognized arguments: --step 3. Did"),
+        ("report nano --whyy", "Did you mean '--why'?"),
+        ("completion zhs", "Did you mean 'zsh'?"),
+        ("train nano other", "unrecognized arguments: other\n"),
+    ],
+)
+def test_a_mistyped_command_or_option_names_the_closest(words, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(words.split())
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def options(parser) -> set[str]:
     return {name for action in parser._actions for name in action.option_strings}
 

@@ -76,7 +76,7 @@ class Command:
             allow_abbrev=False,
         )
         self.add_options(parser)
-        parser.set_defaults(run=self.run)
+        parser.set_defaults(run=self.run, parser=parser)
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Adds all of its options to a parser, the shared ones first."""

@@ -2,15 +2,16 @@
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from .._core.errors import SavedStepWarning, ShardkitError, Stopped
+from .._core.errors import SavedStepWarning, ShardkitError, Stopped, did_you_mean
 from .._core.interrupts import INTERRUPTED, InterruptGuard, exit_now
 from .._core.io._table import narrow_texts
 from .._core.startup import quiet_libtpu
@@ -20,9 +21,36 @@ from ._commands import COMMANDS
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors name the closest command, option or value that there is."""
+
+    def __init__(self, **options: Any) -> None:
+        self.known: list[str] = []
+        super().__init__(**options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Adds an argument whose names and choices are known."""
+        action = super().add_argument(*names, **options)
+        self.known += [*action.option_strings, *map(str, action.choices or ())]
+        return action
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses; what no parser knows is told by the command's, whose usage is shown."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            found.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Prints usage and message, and exits with 2."""
+        wrong = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
+        near = did_you_mean(wrong[1], self.known) if wrong else ""
+        super().error(f"{message}.{near}" if near else message)
+
+
 def parser() -> argparse.ArgumentParser:
     """Builds the parser, with a subcommand for each of `COMMANDS`."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="shardkit",
         description="Declare a mesh and specs; compile, prove and run one SPMD training step.",
         allow_abbrev=False,
@@ -31,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_to(below)
+        root.known.append(command.name)
     return root
 
 
