@@ -356,7 +356,7 @@ def test_leaves_of_one_type_are_one_piece_of_a_probe():
         step.self_check(step.init(jax.random.key(0)), np.ones((8, 4), np.float32)).check()
         params, probes = step.abstract_state.params, step._variants.declared.probes
         seeds = jax.ShapeDtypeStruct((2 * layers,), "uint32")
-        traced = jax.make_jaxpr(probes.measure)(params, params, seeds)
+        traced = jax.make_jaxpr(probes.measure.__wrapped__)(params, params, seeds)
         return [eqn.primitive.name for eqn in equations(traced.jaxpr)]
 
     few, many = equations_of(2), equations_of(6)

@@ -18,6 +18,7 @@ from ..parallel import Strategy
 from ..rules import AxisRules
 from ..step._activations import Activations
 from ..step._inputs import put_key
+from ..step._program_cache import load_or_compile
 from ._cache import extend_cache, fill_cache
 from ._declare import decoder_model
 from ._decoder_config import DecoderConfig
@@ -133,7 +134,7 @@ class Generator:
                 replicated = NamedSharding(self.mesh, PartitionSpec())
                 traced = jax.jit(run, out_shardings=replicated).trace(params, *given)
                 names.check(traced.jaxpr)
-                program = traced.lower().compile()
+                program = load_or_compile(traced.lower(), self.mesh)
         self._programs[shapes] = program
         if len(self._programs) > _KEPT:
             del self._programs[next(iter(self._programs))]

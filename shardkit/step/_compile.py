@@ -6,25 +6,24 @@ import functools
 import hashlib
 import os
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.interrupts import compiling
 from .._core.source import find_user_line
-from .._core.tracing import SETTINGS, equations
+from .._core.tracing import equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ._deadlocks import check_deadlocks
 from ._fourier import check_transforms
+from ._jax_cache import record_cache_hits, without_jax_cache
 from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._nonfinite import run_checked
 from ._ordered import check_ordered
@@ -37,9 +36,6 @@ from ._saved_programs import (
     save_programs,
 )
 from ._stderr import copied_stderr
-
-# Guards a setting of the whole process; one thread at a time changes and restores it.
-_CACHE_SETTING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +139,20 @@ def compile_program(
         name = compute_name() if saved else ""
         found = saved.load(name, lowered) if saved else None
         with (
-            _record_cache_hits() as hits,
+            record_cache_hits() as hits,
             _explain_unknown_options(options or {}),
             _explain_failures(mesh),
             _explain_out_of_memory(args, in_shardings),
         ):
-            made = found or _compile(lowered, options)
+            made = found or _compile(lowered, options, mesh)
     end = time.perf_counter()
     _check_collectives(made.compiled, mesh)
     if on_miscompiled == "error":
         check_miscompiled(made.compiled, args, traced.out_info, mesh)
 
     def compile_again() -> KeptProgram:
-        with surroundings(), _disable_cache():
-            return _compile(trace(_replay(traced)).lower(), options)
+        with surroundings(), without_jax_cache():
+            return _compile(trace(_replay(traced)).lower(), options, mesh)
 
     program = CompiledProgram(
         jaxpr=traced.jaxpr,
@@ -185,8 +181,10 @@ def _check_collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> None:
     check_transforms(compiled, mesh)
 
 
-def _compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> KeptProgram:
-    with compiling(), copied_stderr() as printed:
+def _compile(
+    lowered: jax.stages.Lowered, options: dict[str, Any] | None, mesh: Mesh
+) -> KeptProgram:
+    with compiling(), without_jax_cache(mesh), copied_stderr() as printed:
         compiled = lowered.compile(compiler_options=options)
     return KeptProgram(compiled, printed.text)
 
@@ -285,34 +283,3 @@ def _lower(traced: jax.stages.Traced) -> jax.stages.Lowered:
         headline = 'JAX cannot lower a function of the loss in mode="shard_map".'
         why = f"{first_line(error)} Rows differ between devices, and its constants do not."
         raise StepError.of(headline, " > ".join(names), why, 'mode="auto"') from error
-
-
-@contextlib.contextmanager
-def _record_cache_hits() -> Iterator[list[str]]:
-    """Records each program that this thread loads from JAX's persistent cache."""
-    hits: list[str] = []
-    thread = threading.get_ident()
-
-    def listen(event: str, **_: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    try:
-        yield hits
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-
-
-@contextlib.contextmanager
-def _disable_cache() -> Iterator[None]:
-    """Turns JAX's persistent cache off in this process; it reads its setting after a reset."""
-    with _CACHE_SETTING:
-        before = SETTINGS.jax_enable_compilation_cache
-        try:
-            jax.config.update("jax_enable_compilation_cache", False)
-            reset_cache()
-            yield
-        finally:
-            jax.config.update("jax_enable_compilation_cache", before)
-            reset_cache()

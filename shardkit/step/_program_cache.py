@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
 from .._core.io._files import is_temporary, local_path
+from ._jax_cache import without_jax_cache
 from ._saved_programs import (
     KeptProgram,
     SavedPrograms,
@@ -131,12 +132,14 @@ def can_keep_programs(mesh: Mesh) -> bool:
 
 
 def load_or_compile(
-    lowered: jax.stages.Lowered, mesh: Mesh, saved: SavedPrograms | ProgramCache
+    lowered: jax.stages.Lowered, mesh: Mesh, saved: SavedPrograms | ProgramCache | None = None
 ) -> jax.stages.Compiled:
     """Takes a program without options from where it may be saved, or compiles it."""
-    name = name_program(lowered, {}, mesh)
-    if found := saved.load(name, lowered):
+    name = name_program(lowered, {}, mesh) if saved else ""
+    if saved and (found := saved.load(name, lowered)):
         return found.compiled
-    compiled = lowered.compile()
-    saved.store(name, KeptProgram(compiled, ""))
+    with without_jax_cache(mesh):
+        compiled = lowered.compile()
+    if saved:
+        saved.store(name, KeptProgram(compiled, ""))
     return compiled

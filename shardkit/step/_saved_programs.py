@@ -33,6 +33,7 @@ from jax.sharding import AxisType, Mesh
 from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
 from .._core.io._files import check_regular, local_path, os_errors_as, write_atomic
 from .._core.types import PyTree
+from ._jax_cache import loses_order
 
 _SCHEMA, _VERSION, _HEADER = "shardkit.step", 2, "header.json"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_ALLOCATOR")
@@ -69,15 +70,13 @@ def _describe_cpu() -> str:
 def find_obstacle(mesh: Mesh) -> Problem | None:
     """Returns why executables from a file must not run on a mesh; None if they may.
 
-    XLA's CPU compiler has the collectives of a program in one order. An executable that comes from
-    a file lost it (jaxlib 0.10.2): with few processors its devices wait for each other in different
-    collectives, until XLA ends the process. Of several processes each has an executable of its own,
-    and one that compiles can wait for others that load theirs.
+    Of several processes each has an executable of its own, and one that compiles can wait for
+    others that load theirs.
     """
     if jax.process_count() > 1:
         why = "run this step, each an executable of its own"
         return Problem(f"{jax.process_count()} processes", why)
-    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+    if loses_order(mesh):
         why = "can deadlock in a program that comes from a file"
         return Problem(f"{mesh.size} CPU devices", why)
     return None

@@ -59,14 +59,13 @@ class Probes:
 
     def _jit(self, run: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
         """Jits a probe, whose arguments never change their types; takes it from the cache."""
-        jitted, saved = jax.jit(run, out_shardings=out_shardings), self._saved
-        if saved is None:
-            return jitted
+        jitted = jax.jit(run, out_shardings=out_shardings)
         programs: list[jax.stages.Compiled] = []
 
+        @functools.wraps(run)
         def call(*args: Any) -> Any:
             if not programs:
-                programs.append(load_or_compile(jitted.lower(*args), self._mesh, saved))
+                programs.append(load_or_compile(jitted.lower(*args), self._mesh, self._saved))
             return programs[0](*args)
 
         return call
