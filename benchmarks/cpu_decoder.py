@@ -3,8 +3,8 @@
     python benchmarks/cpu_decoder.py [--turns 12] [--keep-memory]
 
 dim 256, 4 layers, 8 heads, ff 688, vocabulary 8192, 16 × 256 tokens, fp32, AdamW; all start from
-the same weights, and every contestant's losses must agree. Rows that say 2×4 run on 8 simulated
-devices of the same cores: they show overhead, never a speed-up.
+the same weights, and every contestant's losses must agree. Rows that say simulated run on 8
+simulated devices of the same cores, 2×4 is data=2 × tensor=4: they show overhead, never a speed-up.
 
 `--keep-memory` tells the allocator, for all contestants alike, to keep what is freed: see
 `_harness.keep_freed_memory`. Without it a JAX step spends part of its time on page faults.
@@ -31,8 +31,8 @@ def make_batch(vocab: int) -> dict[str, Any]:
     return {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "weights": weights}
 
 
-def shardkit_step(config: Any, batch: Any, devices: list[Any]) -> tuple[Step, Any]:
-    """`compile_step` on one device, or on data=2 × tensor=4; and its first weights."""
+def shardkit_step(config: Any, batch: Any, mesh: Any, strategy: Any) -> tuple[Step, Any]:
+    """`compile_step` on a mesh; and its first weights."""
     import jax
     import numpy as np
     import optax
@@ -40,16 +40,13 @@ def shardkit_step(config: Any, batch: Any, devices: list[Any]) -> tuple[Step, An
     import shardkit as sk
     from shardkit.lm import Decoder, decoder_loss
 
-    many = len(devices) > 1
-    mesh = sk.MeshSpec(data=2, tensor=4) if many else sk.MeshSpec(data=1)
-    strategy = sk.strategies.data() | sk.strategies.tensor() if many else sk.strategies.data()
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     compiled = sk.compile_step(
         model.loss_fn,
         optax.adamw(1e-3),
         init=model.init,
         batch=batch,
-        mesh=mesh.build(devices=devices),
+        mesh=mesh.build(devices=jax.devices()[: mesh.size]),
         strategy=strategy,
     )
     state = compiled.init(jax.random.key(0))
@@ -105,17 +102,20 @@ def contestants() -> dict[str, Step]:
     """Every step that can run here, compiled and started from the same weights."""
     import jax
 
+    import shardkit as sk
     from shardkit.lm import SIZES
 
-    config = SIZES["tiny"]
+    config, data, tensor = SIZES["tiny"], sk.strategies.data(), sk.strategies.tensor()
     batch, devices = make_batch(config.vocab), jax.devices()
-    ours, weights = shardkit_step(config, batch, devices[:1])
-    many, _ = shardkit_step(config, batch, devices)
+    ours, weights = shardkit_step(config, batch, sk.MeshSpec(data=1), data)
+    fsdp, _ = shardkit_step(config, batch, sk.MeshSpec(fsdp=8), sk.strategies.fsdp())
+    many, _ = shardkit_step(config, batch, sk.MeshSpec(data=2, tensor=4), data | tensor)
     steps = {
         "plain JAX": plain_step(weights, batch, devices[:1]),
         "shardkit": ours,
         "plain JAX 2×4 simulated": plain_step(weights, batch, devices),
         "shardkit 2×4 simulated": many,
+        "shardkit fsdp=8 simulated": fsdp,
     }
     if importlib.util.find_spec("torch"):
         import _torch_decoder
