@@ -26,21 +26,14 @@ _TUPLES = ("shape", "axes")
 
 @dataclasses.dataclass(frozen=True)
 class SavedLeaf:
-    """One array of a saved state.
+    """One array of a saved state."""
 
-    Attributes:
-      shape: global shape.
-      dtype: name of the element type; `key<...>` for typed PRNG keys.
-      fingerprint: 16 hexadecimal digits of bits and global index, the same on every mesh.
-      axes: logical axis name or None per dim, or None where the model names none.
-      key: name of the generator of a typed PRNG key, else None.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    fingerprint: str
+    shape: tuple[int, ...]  # global shape
+    dtype: str  # name of the element type; `key<...>` for typed PRNG keys
+    fingerprint: str  # 16 hexadecimal digits of bits and global index, the same on every mesh
+    # logical axis name or None per dim, or None where the model names none
     axes: tuple[str | None, ...] | None = None
-    key: str | None = None
+    key: str | None = None  # name of the generator of a typed PRNG key, else None
 
     @property
     def type(self) -> str:

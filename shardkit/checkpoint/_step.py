@@ -24,15 +24,10 @@ from ._read import read_leaves
 
 @dataclasses.dataclass(frozen=True)
 class SavedStep:
-    """A complete step on disk.
+    """A complete step on disk."""
 
-    Attributes:
-      folder: where it is.
-      manifest: what was saved.
-    """
-
-    folder: Path
-    manifest: Manifest
+    folder: Path  # where it is
+    manifest: Manifest  # what was saved
 
     @classmethod
     def open(cls, folder: Path) -> "SavedStep":

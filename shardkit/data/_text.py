@@ -32,15 +32,10 @@ _CHECKED_TOKENS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A corpus cut into rows; a `BatchSource`.
+    """A corpus cut into rows; a `BatchSource`."""
 
-    Attributes:
-      corpus: the tokens to train on and those to score.
-      config: how they are cut.
-    """
-
-    corpus: TokenizedCorpus
-    config: DataConfig
+    corpus: TokenizedCorpus  # the tokens to train on and those to score
+    config: DataConfig  # how they are cut
 
     def __post_init__(self) -> None:
         """Refuses rows longer than the text, and batches of more rows than an epoch has."""

@@ -140,17 +140,12 @@ class Override(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ActiveOverrides:
-    """The overrides of the step being traced.
+    """The overrides of the step being traced."""
 
-    Attributes:
-      overrides: `(name of the part, override)`, only those whose axis has several devices.
-      step: what they know of the step.
-      disabled: whether every part runs its reference function for now.
-    """
-
+    # `(name of the part, override)`, only those whose axis has several devices
     overrides: tuple[tuple[str, Override], ...]
-    step: StepContext
-    disabled: bool = False
+    step: StepContext  # what they know of the step
+    disabled: bool = False  # whether every part runs its reference function for now
 
     def find_unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
         """Returns the overrides whose part does not occur in a traced program."""

@@ -24,14 +24,10 @@ _OF_FUNCTION = 0x10AC
 
 @dataclasses.dataclass(frozen=True)
 class MaskKey:
-    """Draws the masks of the products in one loop body, branch or function.
+    """Draws the masks of the products in one loop body, branch or function."""
 
-    Attributes:
-      key: key[], or key[*rows] of rows that are computed wherever a strategy sends them.
-      counts: how often each name was folded in, filled while products are computed.
-    """
-
-    key: Key
+    key: Key  # key[], or key[*rows] of rows that are computed wherever a strategy sends them
+    # how often each name was folded in, filled while products are computed
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def next(self, name: str) -> "MaskKey":

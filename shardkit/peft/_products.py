@@ -48,16 +48,12 @@ Adapted = Tracked | Delta
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """Evaluates a traced loss some of whose weights are `Tracked`.
+    """Evaluates a traced loss some of whose weights are `Tracked`."""
 
-    Attributes:
-      dropout: probability that an element of an adapter's input is dropped.
-      dims: `{path: what the dims of the weight are in its products}`, filled while it runs.
-      problems: what cannot be followed, filled while it runs.
-    """
-
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that an element of an adapter's input is dropped
+    # `{path: what the dims of the weight are in its products}`, filled while it runs
     dims: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    # what cannot be followed, filled while it runs
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def call(

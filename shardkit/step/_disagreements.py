@@ -36,21 +36,13 @@ Group = frozenset[Hashable]
 
 @dataclasses.dataclass(frozen=True)
 class SplitClass:
-    """A dim that an operation takes together or needs whole, and that is split over an axis.
+    """A dim that an operation takes together or needs whole, and that is split over an axis."""
 
-    Attributes:
-      source: the operation's line.
-      axis: the mesh axis.
-      root: the dim's class.
-      users: the declarations that split it.
-      kept: classes of other dims of the operation that nothing splits.
-    """
-
-    source: Source
-    axis: str
-    root: int
-    users: Group
-    kept: tuple[int, ...]
+    source: Source  # the operation's line
+    axis: str  # the mesh axis
+    root: int  # the dim's class
+    users: Group  # the declarations that split it
+    kept: tuple[int, ...]  # classes of other dims of the operation that nothing splits
 
 
 _MUCH = 16

@@ -40,36 +40,25 @@ def narrow_texts(columns: int) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-      name: header; may have several lines.
-      right: whether its cells are numbers: right-aligned and not folded.
-      most: width to which it is folded before other columns are folded; None for no such width.
-    """
-
-    name: str
-    right: bool = False
+    name: str  # header; may have several lines
+    right: bool = False  # whether its cells are numbers: right-aligned and not folded
+    # width to which it is folded before other columns are folded; None for no such width
     most: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells under named columns.
+    """Rows of cells under named columns."""
 
-    Attributes:
-      columns: the columns; a text is a left-aligned column of that name.
-      rows: the cells of each row, at most one per column; a `str` in place of a row is a line
-        across all columns.
-      indent: spaces before each row, but not before a `str`.
-      gap: spaces between two columns.
-      styles: index of a row → `rich` style in which a terminal shows it.
-    """
-
-    columns: Sequence[Column | str]
+    columns: Sequence[Column | str]  # the columns; a text is a left-aligned column of that name
+    # the cells of each row, at most one per column; a `str` in place of a row is a line across all
+    # columns
     rows: Sequence[Sequence[str] | str]
-    indent: int = 0
-    gap: int = 2
+    indent: int = 0  # spaces before each row, but not before a `str`
+    gap: int = 2  # spaces between two columns
+    # index of a row → `rich` style in which a terminal shows it
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def to_text(self, width: int | None = None) -> str:

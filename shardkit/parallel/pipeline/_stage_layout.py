@@ -22,17 +22,11 @@ _Move = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class StageLayout:
-    """The parts that the layers are cut into, part `c · stages + s` for virtual stage c of stage s.
+    """The parts that layers are cut into, part `c · stages + s` for virtual stage c of stage s."""
 
-    Attributes:
-      axis: the mesh axis of the stages.
-      stages: its size.
-      sizes: layers of each part, in the order of the model.
-    """
-
-    axis: str
-    stages: int
-    sizes: tuple[int, ...]
+    axis: str  # the mesh axis of the stages
+    stages: int  # its size
+    sizes: tuple[int, ...]  # layers of each part, in the order of the model
 
     @property
     def layers(self) -> int:
