@@ -1,7 +1,6 @@
 """Strategies: how a step is laid out, one file per kind of parallelism."""
 
 from . import strategies as strategies
-from ._axis_names import axis_names as axis_names
 from ._compose import check_axes_used as check_axes_used
 from ._compose import check_composition as check_composition
 from ._compose import check_overrides_called as check_overrides_called
@@ -20,6 +19,7 @@ from ._kinds import known_kinds as known_kinds
 from ._kinds import planned_kinds as planned_kinds
 from ._kinds import register_kind as register_kind
 from ._names import CONVENTIONAL as CONVENTIONAL
+from ._names import axis_names as axis_names
 from ._strategy import Strategy as Strategy
 from ._zero_update import Zero as Zero
 from ._zero_update import update_specs as update_specs

@@ -5,8 +5,10 @@ from ._axes import UnlistedAxis as UnlistedAxis
 from ._check import Indivisible as Indivisible
 from ._check import check_batch as check_batch
 from ._check import check_spec as check_spec
+from ._explain import DeadEntry as DeadEntry
 from ._explain import Explanation as Explanation
 from ._explain import explain_rules as explain_rules
+from ._explain import find_dead_entries as find_dead_entries
 from ._explain import list_named_leaves as list_named_leaves
 from ._path import PathRules as PathRules
 from ._path import matches as matches
@@ -37,5 +39,3 @@ from ._specs import mesh_sizes as mesh_sizes
 from ._specs import normalize_spec as normalize_spec
 from ._specs import shard_count as shard_count
 from ._specs import spec_from_axes as spec_from_axes
-from ._unused import DeadEntry as DeadEntry
-from ._unused import find_dead_entries as find_dead_entries
