@@ -204,12 +204,9 @@ def is_overridden(name: str) -> bool:
 def gather_stored(path: str, x: jax.Array) -> jax.Array:
     """Gathers a form of a parameter, or of one of its layers, as a step gathers its floats.
 
-    Args:
-      path: of the parameter.
-      x: with the parameter's dims, without the first ones in a loop over layers.
-
-    Returns:
-      The same values; outside a compiled step, or where every mesh axis is manual, `x` itself.
+    `path` is that of the parameter, `x` has its dims, without the first ones in a loop over layers.
+    Returns the same values; outside a compiled step, or where every mesh axis is manual, `x`
+    itself.
     """
     active, manual = _active.value, manual_axes()
     dims = dict(active.step.gathered).get(path) if active else None

@@ -88,15 +88,9 @@ def activations(split: Mapping[str, Axes]) -> AxisRules:
 
 
 def check_strategy(strategy: str, axis: object, problems: Iterable[Problem] = ()) -> None:
-    """Refuses a mesh axis that is not a name, and the other problems of a declaration.
+    """Refuses a mesh axis that is not a name, and other problems of the declaration of a strategy.
 
-    Args:
-      strategy: name of the function that makes the strategy.
-      axis: the mesh axis as it was passed.
-      problems: of the other options.
-
-    Raises:
-      StepError: all problems, with the function's name.
+    Raises StepError with all of them, and with the name of the function that makes the strategy.
     """
     problems = list(problems)
     if not isinstance(axis, str) or not axis:

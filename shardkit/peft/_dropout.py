@@ -56,12 +56,10 @@ class MaskKey:
     def drop(
         self, x: jax.Array, rate: float, cut: Mapping[int, tuple[int, Any]] = MappingProxyType({})
     ) -> jax.Array:
-        """Returns x without some of its elements, the others scaled up.
+        """Returns x, floats [*rows, ...], without some of its elements, the others scaled up.
 
-        Args:
-          x: floats, [*rows, ...].
-          rate: probability that an element is dropped.
-          cut: `{dim: (size, start)}` of dims of which x is this device's part.
+        An element is dropped with probability `rate`. `cut` is `{dim: (size, start)}` of dims of
+        which x is this device's part.
         """
 
         def draw(key: Key) -> jax.Array:

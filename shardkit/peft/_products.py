@@ -59,16 +59,11 @@ class Products:
     def call(
         self, loss: Callable[..., PyTree], args: Values, weights: PyTree, key: jax.Array | None
     ) -> PyTree:
-        """Calls a loss.
+        """Calls a loss of pytrees of arrays, the first of them with `weights` in its place.
 
-        Args:
-          loss: of pytrees of arrays.
-          args: its arguments.
-          weights: the first of them, with a `Tracked` in place of each leaf that is adapted.
-          key: draws dropout; None for none.
-
-        Raises:
-          StepError: with every weight that cannot be followed to its products, or has none.
+        These have a `Tracked` in place of each leaf that is adapted; `key` draws dropout, None for
+        none. Raises StepError with every weight that cannot be followed to its products, or has
+        none.
         """
         with leaving_open():
             traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)

@@ -34,10 +34,9 @@ class BoundSpec:
     def __post_init__(self) -> None:
         """Checks the spec against the mesh, before tracing.
 
-        Raises:
-          StepError: the mesh is not built, has a Manual axis, or lacks the axis of the gradient
-            compression; an override of the strategy does not work with the other options; or a
-            setting of JAX changes what executables take.
+        Raises StepError if the mesh is not built, has a Manual axis, or lacks the axis of the
+        gradient compression; an override of the strategy does not work with the other options; or a
+        setting of JAX changes what executables take.
         """
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))

@@ -54,10 +54,8 @@ class CompiledFunctions:
     def train(self) -> CompiledProgram:
         """`(state, batch) → (state, metrics)`, the state donated; its layouts are read back.
 
-        Raises:
-          StepError: the spec does not form a step.
-          ShardingError: a constraint of the model cannot be met, or the executable differs from
-            the declaration.
+        Raises StepError if the spec does not form a step, ShardingError if a constraint of the
+        model cannot be met, or the executable differs from the declaration.
         """
         program = self._compile_on_batch(
             self._functions.train,

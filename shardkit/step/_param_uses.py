@@ -47,9 +47,7 @@ class ParamUse:
 def find_param_uses(jaxpr: Any, params: Sequence[str | None]) -> list[ParamUse]:
     """Finds the uses of parameters in a program, that of marked ones also after the mark.
 
-    Args:
-      jaxpr: the program.
-      params: path of the parameter that each of its arguments is; None for other arguments.
+    `params` has the path of the parameter that each argument of the program is, None for others.
     """
     uses: dict[ParamUse, None] = {}
     rule = _Uses(uses)

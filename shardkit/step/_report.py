@@ -97,13 +97,9 @@ _EXPLICIT = ("REPLICATED", "PathRules")
 def build_program(
     bound: BoundSpec, layout: StepLayout, compiled: "CompiledProgram", retraced: Sequence[str]
 ) -> Program:
-    """Collects what `Report.of` reads from an executable and its spec.
+    """Collects what `Report.of` reads from an executable, its spec and the layout of its state.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: of its state and batch.
-      compiled: the executable.
-      retraced: how each other compiled batch variant differs, as text.
+    `retraced` says how each other compiled batch variant differs, as text.
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]

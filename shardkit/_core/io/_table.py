@@ -190,14 +190,10 @@ def _count_columns(text: str) -> int:
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings by path, in order.
+    """Returns the values of nested mappings by path, in order; a list too is a value.
 
-    An empty mapping is itself a value, so that a group without entries is not lost.
-
-    Args:
-      tree: nested mappings; anything else, such as a list, is a value.
-      separator: between the names of a path.
-      prefix: before every path.
+    An empty mapping is itself a value, so that a group without entries is not lost. `separator` is
+    between the names of a path, `prefix` before every path.
 
     >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
     {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}

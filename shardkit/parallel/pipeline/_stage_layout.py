@@ -62,14 +62,10 @@ class StageLayout:
         return table.reshape(-1, self.stages, self.depth).swapaxes(0, 1)
 
     def gather_stage_layers(self, stored: PyTree, stage: jax.Array) -> PyTree:
-        """Collects the layers of a stage, inside a `shard_map` over the axis.
+        """Collects the layers of a stage, i32[] its number, inside a `shard_map` over the axis.
 
-        Args:
-          stored: pytree of `[stored layers, …]`.
-          stage: i32[], number of the stage.
-
-        Returns:
-          The same with `[chunks, depth, …]`; padding is 0.
+        `stored` is a pytree of `[stored layers, …]`; returns the same with `[chunks, depth, …]`, in
+        which padding is 0.
         """
         return jax.tree.map(lambda x: self._gather(x, stage), stored)
 
