@@ -146,12 +146,7 @@ class Checkpointer:
         return read_manifest(step_folder(self.folder, self._candidates(step)[0]))
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        data: Any = None,
-        metrics: Mapping[str, float] | None = None,
+        self, step: int, state: Any, *, data: Any = None, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Saves a state, which may be donated as soon as this returns.
 

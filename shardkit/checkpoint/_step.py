@@ -59,10 +59,7 @@ class SavedStep:
         self._check_files({name: file for name, file in files.items() if holders[name] is None})
 
     def load(
-        self,
-        plan: RestorePlan,
-        wanted: Mapping[str, Any],
-        shardings: Mapping[str, Any],
+        self, plan: RestorePlan, wanted: Mapping[str, Any], shardings: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
         """Reads the planned leaves, each device its shards, and checks every bit.
 

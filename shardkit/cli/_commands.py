@@ -257,11 +257,7 @@ COMMANDS: tuple[Command, ...] = (
             flag("--measure", "also measure this machine's CPU, two seconds"),
         ),
         takes_config=False,
-        examples=(
-            "shardkit hardware",
-            "shardkit hardware v5p h100",
-            "shardkit hardware --measure",
-        ),
+        examples=("shardkit hardware", "shardkit hardware v5p h100", "shardkit hardware --measure"),
     ),
     Command(
         "launch",

@@ -15,13 +15,7 @@ from .._core.errors import DataError, Problem, raise_all
 from ._config import DataConfig
 from ._corpus import TokenCorpus, TokenizedCorpus
 from ._read_text import list_shards, read_corpus, read_standard_library
-from ._sequences import (
-    ContiguousSequences,
-    PackedSequences,
-    Sequences,
-    TokenBatch,
-    segment_ids_at,
-)
+from ._sequences import ContiguousSequences, PackedSequences, Sequences, TokenBatch, segment_ids_at
 from ._shards import open_shards
 from ._stream import Stream
 from ._tokenizer import Tokenizer, load_fitting_tokenizer

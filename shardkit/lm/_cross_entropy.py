@@ -147,11 +147,7 @@ _summary.defvjp(_summary_fwd, _summary_bwd)
 
 
 def _logits(
-    hidden_BTE: jax.Array,
-    table_ES: jax.Array,
-    rule: LogitRule,
-    chunks: int,
-    index: jax.Array | int,
+    hidden_BTE: jax.Array, table_ES: jax.Array, rule: LogitRule, chunks: int, index: jax.Array | int
 ) -> jax.Array:
     logits = matmul(hidden_BTE, table_ES, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")

@@ -185,10 +185,7 @@ class Decoder(nnx.Module):
         return _param(_normal(rngs.params(), shape, self.config.embed_dim), "embed", "vocab")
 
     def __call__(
-        self,
-        inputs: jax.Array,
-        segment_ids: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, inputs: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
         """Returns the last norm's output, from which `logits` and the loss are computed.
 

@@ -29,13 +29,7 @@ from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._nonfinite import run_checked
 from ._ordered import check_ordered
 from ._program_cache import ProgramCache
-from ._saved_programs import (
-    KeptProgram,
-    SavedPrograms,
-    digest_lines,
-    name_program,
-    save_programs,
-)
+from ._saved_programs import KeptProgram, SavedPrograms, digest_lines, name_program, save_programs
 from ._stderr import copied_stderr
 
 # Guards a setting of the whole process; one thread at a time changes and restores it.

@@ -17,12 +17,7 @@ from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program, save_compiled
-from ._layout import (
-    build_model_init,
-    build_optimizer_init,
-    count_residual_copies,
-    resolve_layout,
-)
+from ._layout import build_model_init, build_optimizer_init, count_residual_copies, resolve_layout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
 from .self_check import LossProgram, Probes

@@ -53,10 +53,7 @@ class UlyssesAttention(AttentionLayout):
         return attend_backward(queries, keys, cotangents, options)
 
 
-LAYOUTS: dict[str, type[AttentionLayout]] = {
-    "ring": RingAttention,
-    "all_to_all": UlyssesAttention,
-}
+LAYOUTS: dict[str, type[AttentionLayout]] = {"ring": RingAttention, "all_to_all": UlyssesAttention}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

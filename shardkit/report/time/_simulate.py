@@ -184,11 +184,7 @@ class ScheduleSimulator:
             self._wait(result, end, key)
 
     def _receive(
-        self,
-        result: Simulated,
-        transfers: _Transfers,
-        here: Computation,
-        instruction: Instruction,
+        self, result: Simulated, transfers: _Transfers, here: Computation, instruction: Instruction
     ) -> None:
         end, key = transfers.ends[instruction.operands[0]]
         if instruction.opcode == "fusion":
