@@ -13,7 +13,11 @@ _PACKAGES = ("shardkit", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def package_versions(*others: str) -> dict[str, str]:
-    """Returns versions: of Python, of the packages that decide the numbers of a run, and others."""
+    """Returns the versions of Python and of the packages that determine the numbers of a run.
+
+    Args:
+      *others: names of further packages.
+    """
     installed = filter(_is_installed, (*_PACKAGES, *others))
     versions = {name: importlib.metadata.version(name) for name in installed}
     return {"python": platform.python_version(), **versions}
