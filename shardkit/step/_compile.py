@@ -23,9 +23,12 @@ from .._core.source import find_user_line
 from .._core.tracing import SETTINGS, equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
-from ._deadlocks import check_deadlocks
-from ._fourier import check_transforms
-from ._miscompiled import OnMiscompiled, check_miscompiled
+from ._executable_checks import (
+    OnMiscompiled,
+    check_deadlocks,
+    check_miscompiled,
+    check_transforms,
+)
 from ._nonfinite import run_checked
 from ._ordered import check_ordered
 from ._program_cache import ProgramCache
