@@ -115,14 +115,9 @@ class ContextAttention(Override):
     kv_heads: str = "split"  # `"split"` or `"replicate"`, see `context`
 
     def __call__(
-        self, around: StepContext, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        """Returns what `plain`, one device's `sk.nn.attention`, would."""
-        return self._attend(around, *args, **kwargs)
-
-    def _attend(
         self,
         around: StepContext,
+        plain: Callable[..., jax.Array],
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -132,7 +127,7 @@ class ContextAttention(Override):
         window: int | jax.Array | None = None,
         softcap: float | None = None,
     ) -> jax.Array:
-        """Attends block by block, whatever `implementation` says."""
+        """Returns what `plain` would, block by block, whatever `implementation` says."""
         sizes, head_axes = around.mesh.shape, _split_axes(around, "heads")
         shards = math.prod(sizes[axis] for axis in head_axes)
         if self.attention == "all_to_all":
