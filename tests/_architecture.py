@@ -280,8 +280,8 @@ def named_kinds(tree: Tree, home: str = "parallel") -> list[str]:
 def undocumented(tree: Tree) -> list[str]:
     """Public functions, classes and their public methods without a docstring.
 
-    Public is what an `__init__.py` exports in `__all__`; it is defined in private modules, which
-    ruff's rules for docstrings skip.
+    Public is what an `__init__.py` exports: in `__all__`, or imported `as` itself. It is defined in
+    private modules, which ruff's rules for docstrings skip.
     """
     rows = []
     for module, parsed in tree.parsed.items():
@@ -381,7 +381,10 @@ def _exported(parsed: ast.Module) -> list[str]:
     for node in parsed.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
-    return list(_lazy_homes(parsed))
+    imported = [
+        alias for node in parsed.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    return [*_lazy_homes(parsed), *(one.name for one in imported if one.name == one.asname)]
 
 
 def _definitions(tree: Tree, module: str, name: str) -> Iterator[tuple[str, ast.AST]]:

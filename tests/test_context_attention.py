@@ -14,11 +14,10 @@ import shardkit as sk
 from shardkit.mesh import MeshSpec
 from shardkit.nn._blockwise import BlockOptions
 from shardkit.parallel.context import _blockwise
-from shardkit.parallel.context._attention import context_parallel_attention
+from shardkit.parallel.context._attention import UlyssesAttention, context_parallel_attention
 from shardkit.parallel.context._attention_layout import Hidden
 from shardkit.parallel.context._pairwise import PairwiseExchange, tournament
 from shardkit.parallel.context._ring import RingAttention
-from shardkit.parallel.context._ulysses import UlyssesAttention
 from shardkit.parallel.context._zigzag import zigzag_order
 
 from ._quick import some_quick

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.step._fourier import check_transforms
+from shardkit.step._executable_checks import check_transforms
 
 BATCH = {
     "x": np.random.default_rng(0).normal(size=(32, 16)).astype("f"),

@@ -32,12 +32,11 @@ from shardkit.parallel import strategies
 from shardkit.processes import ProcessGroup
 from shardkit.run import _clock
 from shardkit.run._clock import Clock
-from shardkit.run._folder import RunFolder
-from shardkit.run._layout_table import draw_mesh, layout_rows, total_row
+from shardkit.run._console import draw_mesh, layout_rows, total_row
+from shardkit.run._folder import RunFolder, create_folder
 from shardkit.run._loop import Loop
 from shardkit.run._metrics_file import MetricsFile, read_metrics
 from shardkit.run._metrics_rows import log_exception
-from shardkit.run._processes import create_folder
 from shardkit.run._source import as_source
 from shardkit.run._throughput import Throughput
 from shardkit.run.callbacks import Callback, RunContext, StepMetrics

@@ -11,9 +11,8 @@ import shardkit as sk
 from shardkit.cli import main
 from shardkit.sweeps import ConfigFactory, SweepCase, SweepRow, draw_plots
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._case_runner import is_done, plan_figures
+from shardkit.sweeps._case_runner import ParityChecker, is_done, plan_figures
 from shardkit.sweeps._journal import Journal
-from shardkit.sweeps._parity import ParityChecker
 from shardkit.sweeps._row import MEMORY, OK, WRONG
 from shardkit.sweeps._timing import SIMULATED
 

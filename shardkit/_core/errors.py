@@ -100,17 +100,11 @@ class ProcessError(ShardkitError):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One row of an error: what is wrong, why, and how to fix it.
+    """One row of an error: what is wrong, why, and how to fix it."""
 
-    Attributes:
-      subject: the leaf (path and `f32[8,4]`), axis, field or file at fault.
-      why: the rule or field, the mesh, and the numbers that do not fit.
-      fix: code that fixes it, or "" if `raise_all` gets a common fix.
-    """
-
-    subject: str
-    why: str
-    fix: str = ""
+    subject: str  # the leaf (path and `f32[8,4]`), axis, field or file at fault
+    why: str  # the rule or field, the mesh, and the numbers that do not fit
+    fix: str = ""  # code that fixes it, or "" if `raise_all` gets a common fix
 
 
 def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -> str:

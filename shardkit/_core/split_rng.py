@@ -39,21 +39,15 @@ class GrownDim:
 
 @dataclasses.dataclass(frozen=True)
 class RandomDraws:
-    """How the rows of a batch are split, and which dims of a loss's draws are split with them.
+    """How the rows of a batch are split, and which dims of a loss's draws are split with them."""
 
-    Attributes:
-      gradient_shards: number of contiguous blocks that the rows of a micro-batch are split into.
-      row_dims: for each draw that grows with the rows what the generator is asked for, and which
-        dim grows.
-      micro_batches: number k of micro-batches; micro-batch i holds rows i, i+k, i+2k, ….
-      length_shards: number of contiguous blocks that the length of each row is split into.
-      length_dims: as `row_dims`, for draws that grow with the length.
-    """
-
+    # number of contiguous blocks that the rows of a micro-batch are split into
     gradient_shards: int
+    # for each draw that grows with the rows what the generator is asked for, and which dim grows
     row_dims: tuple[tuple[Drawn, GrownDim], ...] = ()
-    micro_batches: int = 1
-    length_shards: int = 1
+    micro_batches: int = 1  # number k of micro-batches; micro-batch i holds rows i, i+k, i+2k, …
+    length_shards: int = 1  # number of contiguous blocks that the length of each row is split into
+    # as `row_dims`, for draws that grow with the length
     length_dims: tuple[tuple[Drawn, GrownDim], ...] = ()
 
 

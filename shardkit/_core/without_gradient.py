@@ -20,18 +20,12 @@ without_gradient_p = core.Primitive("shardkit_without_gradient")
 
 
 def without_gradient(problem: Problem, x: Any, *, unless_unused: bool = False) -> Any:
-    """Returns `x`, an array, as it is.
+    """Returns `x`, an array, as it is; where it is differentiated, raises StepError of a problem.
 
-    It is a primitive and no `jax.custom_jvp`: `step/shard_map` traces the rules of all custom
-    derivatives, with every argument differentiated, also where the loss takes no gradient.
-
-    Args:
-      problem: for the error.
-      x: what has no gradient.
-      unless_unused: `x` may depend on parameters, as a metric does, but not decide the loss.
-
-    Raises (where it is differentiated, and its gradient is not zero by `stop_gradient`):
-      StepError: the problem.
+    Not if its gradient is zero by `stop_gradient`. With `unless_unused`, `x` may depend on
+    parameters, as a metric does, but not decide the loss. It is a primitive and no
+    `jax.custom_jvp`: `step/shard_map` traces the rules of all custom derivatives, with every
+    argument differentiated, also where the loss takes no gradient.
     """
     if not isinstance(x, jax.Array):
         return x

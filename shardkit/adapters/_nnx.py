@@ -62,8 +62,7 @@ def from_nnx(
     """
     check_model(
         chain(
-            maker_problems(make_model, "rngs", nnx.Module),
-            loss_problems(loss, ("module", "batch")),
+            maker_problems(make_model, "rngs", nnx.Module), loss_problems(loss, ("module", "batch"))
         )
     )
     call, tree = accept_key(loss), None

@@ -4,7 +4,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -98,12 +97,7 @@ class Checkpointer:
             self._block = block.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """Waits for the pending save; raises its error unless another one ends the block."""
         block, self._block = self._block, None
         self._copies = []
@@ -146,12 +140,7 @@ class Checkpointer:
         return read_manifest(step_folder(self.folder, self._candidates(step)[0]))
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        data: Any = None,
-        metrics: Mapping[str, float] | None = None,
+        self, step: int, state: Any, *, data: Any = None, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Saves a state, which may be donated as soon as this returns.
 

@@ -26,10 +26,8 @@ def is_first_process() -> bool:
 def collective_errors() -> Iterator[None]:
     """Raises in every process if the block raises in one; waits for all at its end.
 
-    Every process must enter it, in its main thread.
-
-    Raises:
-      ShardkitError: that of the process with the lowest number that raised one.
+    Every process must enter it, in its main thread. The ShardkitError is that of the process with
+    the lowest number that raised one.
     """
     if not has_several_processes():
         yield

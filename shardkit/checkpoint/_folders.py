@@ -24,10 +24,7 @@ def _quote_key(key: str) -> str:
 def check_folders(leaves: Iterable[str]) -> None:
     """Refuses leaves whose folder has too long a name, or is inside the folder of another leaf.
 
-    Dict keys with a `/` can cause the latter.
-
-    Raises:
-      CheckpointError: names all of them.
+    Dict keys with a `/` can cause the latter. Raises CheckpointError, which names all of them.
     """
     stored = {stored_name(path): path for path in leaves}
     problems = [

@@ -15,15 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._collective_errors import has_several_processes
-from ._fingerprint import (
-    INDEX,
-    MIX,
-    SHIFT,
-    WORD,
-    compute_fingerprints,
-    fold_strides,
-    raw_array,
-)
+from ._fingerprint import INDEX, MIX, SHIFT, WORD, compute_fingerprints, fold_strides, raw_array
 
 # Bytes of leaves whose fingerprints are computed in one program of a device.
 _GROUP_BYTES = 2**23

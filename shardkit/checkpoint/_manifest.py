@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointCorruptedError, CheckpointError
 from .._core.io._files import check_regular
 from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import short_dtype
@@ -26,21 +26,14 @@ _TUPLES = ("shape", "axes")
 
 @dataclasses.dataclass(frozen=True)
 class SavedLeaf:
-    """One array of a saved state.
+    """One array of a saved state."""
 
-    Attributes:
-      shape: global shape.
-      dtype: name of the element type; `key<...>` for typed PRNG keys.
-      fingerprint: 16 hexadecimal digits of bits and global index, the same on every mesh.
-      axes: logical axis name or None per dim, or None where the model names none.
-      key: name of the generator of a typed PRNG key, else None.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    fingerprint: str
+    shape: tuple[int, ...]  # global shape
+    dtype: str  # name of the element type; `key<...>` for typed PRNG keys
+    fingerprint: str  # 16 hexadecimal digits of bits and global index, the same on every mesh
+    # logical axis name or None per dim, or None where the model names none
     axes: tuple[str | None, ...] | None = None
-    key: str | None = None
+    key: str | None = None  # name of the generator of a typed PRNG key, else None
 
     @property
     def type(self) -> str:
@@ -126,13 +119,12 @@ def read_manifest(folder: Path) -> Manifest:
     version = fields.pop("version", None)
     if version != VERSION:
         why = f"has format version {version}; this shardkit reads {VERSION}"
-        problem = Problem(str(path), why)
         is_older = version in range(VERSION)
         fix = "pip install --upgrade shardkit"
         if is_older:
             fix = "export_safetensors, with the shardkit that wrote it; import_safetensors here"
         headline = f"The checkpoint is {'older' if is_older else 'newer'}."
-        raise CheckpointError(format_problems(headline, [problem], fix))
+        raise CheckpointError.of(headline, str(path), why, fix)
     del fields["format"]
     manifest = _parse(path, fields)
     named = step_of_name(folder.name)

@@ -17,13 +17,7 @@ from .._core.errors import CheckpointError, Problem, count, format_problems, rai
 from .._core.interrupts import SAVING
 from .._core.versions import package_versions
 from ._collective_errors import collective_errors, is_first_process, share_text
-from ._files import (
-    commit,
-    create_temporary_folder,
-    list_steps,
-    listing_problems,
-    step_folder,
-)
+from ._files import commit, create_temporary_folder, list_steps, listing_problems, step_folder
 from ._fingerprint import compute_fingerprints, format_fingerprint, is_key, raw_array
 from ._folders import leaf_folder
 from ._host_fingerprint import are_on_host

@@ -24,15 +24,10 @@ from ._read import read_leaves
 
 @dataclasses.dataclass(frozen=True)
 class SavedStep:
-    """A complete step on disk.
+    """A complete step on disk."""
 
-    Attributes:
-      folder: where it is.
-      manifest: what was saved.
-    """
-
-    folder: Path
-    manifest: Manifest
+    folder: Path  # where it is
+    manifest: Manifest  # what was saved
 
     @classmethod
     def open(cls, folder: Path) -> "SavedStep":
@@ -64,10 +59,7 @@ class SavedStep:
         self._check_files({name: file for name, file in files.items() if holders[name] is None})
 
     def load(
-        self,
-        plan: RestorePlan,
-        wanted: Mapping[str, Any],
-        shardings: Mapping[str, Any],
+        self, plan: RestorePlan, wanted: Mapping[str, Any], shardings: Mapping[str, Any]
     ) -> dict[str, jax.Array]:
         """Reads the planned leaves, each device its shards, and checks every bit.
 

@@ -20,6 +20,18 @@ option = functools.partial(operator.methodcaller, "add_argument")
 """An option, from the arguments of `add_argument`; called with a parser it adds itself."""
 
 
+def flag(name: str, help: str) -> Callable[[argparse.ArgumentParser], Any]:
+    """An option without a value."""
+    return option(name, action="store_true", help=help)
+
+
+def value(
+    name: str, metavar: str, help: str, **more: Any
+) -> Callable[[argparse.ArgumentParser], Any]:
+    """An argument, or an option with a value."""
+    return option(name, metavar=metavar, help=help, **more)
+
+
 def field_option(name: str, field: str, metavar: str) -> Callable[[argparse.ArgumentParser], Any]:
     """A short form of `--set field=VALUE`."""
     return option(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._command import CONFIG, Command, field_option, import_late, option
+from ._command import CONFIG, Command, field_option, flag, import_late, option, value
 
 _TIMEOUT = {"type": float, "default": 1800.0}
 
@@ -22,10 +22,10 @@ COMMANDS: tuple[Command, ...] = (
             field_option("--devices", "devices", "TARGET"),
             field_option("--seed", "train.seed", "N"),
             field_option("--name", "name", "NAME"),
-            option(
+            value(
                 "--profile",
-                metavar="FIRST:LAST",
-                help="trace these updates with jax.profiler, e.g. 10:15, into the run's folder",
+                "FIRST:LAST",
+                "trace these updates with jax.profiler, e.g. 10:15, into the run's folder",
             ),
         ),
         examples=(
@@ -42,39 +42,39 @@ COMMANDS: tuple[Command, ...] = (
         import_late("._report"),
         (
             field_option("--mesh", "mesh", "AXIS=SIZE,…"),
-            option(
+            value(
                 "--target",
-                help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; the devices need not be present",
+                "TARGET",
+                "cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; the devices need not be present",
             ),
-            option(
+            value(
                 "--chip",
-                help="model the time with the figures of v5p, h100, …; cpu:N has none of its own",
+                "CHIP",
+                "model the time with the figures of v5p, h100, …; cpu:N has none of its own",
             ),
-            option(
+            value(
                 "other",
+                "OTHER.json",
+                "a second saved report: show how it differs from CONFIG, a saved report too",
                 nargs="?",
-                metavar="OTHER.json",
-                help="a second saved report: show how it differs from CONFIG, a saved report too",
             ),
-            option(
-                "--why",
-                action="store_true",
-                help="what is sent, by the line of code that causes it",
-            ),
-            option("--html", metavar="FILE", help="save the report as one HTML page"),
-            option("--json", metavar="FILE", help="save the report; - prints it"),
-            option(
+            flag("--why", "what is sent, by the line of code that causes it"),
+            value("--html", "FILE", "save the report as one HTML page"),
+            value("--json", "FILE", "save the report; - prints it"),
+            value(
                 "--trace",
-                metavar="FILE",
-                help="save the modelled timeline of the step, for Perfetto or chrome://tracing",
+                "FILE",
+                "save the modelled timeline of the step, for Perfetto or chrome://tracing",
             ),
-            option(
+            value(
                 "--profile",
-                metavar="DIR",
-                help="a profile of this step (train --profile, jax.profiler): its measured times "
-                "beside the modelled ones",
+                "DIR",
+                (
+                    "a profile of this step (train --profile, jax.profiler): its measured times "
+                    "beside the modelled ones"
+                ),
             ),
-            option("--timeout", **_TIMEOUT, help="seconds to wait for the compiler"),
+            value("--timeout", "TIMEOUT", "seconds to wait for the compiler", **_TIMEOUT),
         ),
         examples=(
             "shardkit report nano",
@@ -91,22 +91,18 @@ COMMANDS: tuple[Command, ...] = (
         "prove that the step's results match a single device on every mesh",
         import_late("._verify"),
         (
-            option(
+            value(
                 "--mesh",
+                "AXIS=SIZE,…",
+                (
+                    "a mesh to verify, e.g. --mesh data=2,tensor=4; may be repeated; by default "
+                    "every shape of the config's axes that uses all devices"
+                ),
                 action="append",
                 default=[],
-                metavar="AXIS=SIZE,…",
-                help="a mesh to verify, e.g. --mesh data=2,tensor=4; may be repeated; by default "
-                "every shape of the config's axes that uses all devices",
             ),
-            option(
-                "--steps", type=int, default=3, metavar="K", help="updates with the optimizer (3)"
-            ),
-            option(
-                "--mutations",
-                action="store_true",
-                help="also inject known bugs, and show the check that finds each",
-            ),
+            value("--steps", "K", "updates with the optimizer (3)", type=int, default=3),
+            flag("--mutations", "also inject known bugs, and show the check that finds each"),
         ),
         examples=(
             "shardkit verify",
@@ -119,27 +115,29 @@ COMMANDS: tuple[Command, ...] = (
         "rank the meshes for this model on these devices",
         import_late("._plan"),
         (
-            option("--target", required=True, help="tpu:v5p:8x8x8, gpu:h100:4x8, …"),
-            option("--global-batch", type=int, help="rows of a batch, in place of the config's"),
-            option(
+            value("--target", "TARGET", "tpu:v5p:8x8x8, gpu:h100:4x8, …", required=True),
+            value(
+                "--global-batch",
+                "GLOBAL_BATCH",
+                "rows of a batch, in place of the config's",
+                type=int,
+            ),
+            value(
                 "--compile",
+                "K",
+                "compile the best K with the target's compiler (minutes each); 0 for none",
                 type=int,
                 default=3,
-                metavar="K",
-                help="compile the best K with the target's compiler (minutes each); 0 for none",
             ),
-            option(
+            value(
                 "--overlap",
+                "OVERLAP",
+                "fraction of the communication that is hidden, 0 to 1",
                 type=float,
                 default=0.0,
-                help="fraction of the communication that is hidden, 0 to 1",
             ),
-            option("--json", metavar="FILE", help="save all layouts and their figures"),
-            option(
-                "--plot",
-                metavar="FILE",
-                help="draw memory against time: .png or .svg (shardkit[plot])",
-            ),
+            value("--json", "FILE", "save all layouts and their figures"),
+            value("--plot", "FILE", "draw memory against time: .png or .svg (shardkit[plot])"),
         ),
         examples=(
             "shardkit plan llama2_7b --target tpu:v5p:4x4x4 --compile 0",
@@ -151,26 +149,24 @@ COMMANDS: tuple[Command, ...] = (
         "try all meshes × accumulation × remat of a config, or module:function, and rank them",
         import_late("._sweep"),
         (
-            option("--devices", metavar="N,…", help="device counts, e.g. 8 or 2,4,8"),
-            option(
-                "--axes",
-                metavar="A,…",
-                help="mesh axes, e.g. data,fsdp,tensor; by default the config's",
-            ),
-            option("--accumulate", metavar="K,…", default="1", help="micro-batches (1)"),
-            option(
+            value("--devices", "N,…", "device counts, e.g. 8 or 2,4,8"),
+            value("--axes", "A,…", "mesh axes, e.g. data,fsdp,tensor; by default the config's"),
+            value("--accumulate", "K,…", "micro-batches (1)", default="1"),
+            value(
                 "--remat",
-                metavar="NAME;…",
+                "NAME;…",
+                "checkpoint policies between semicolons: 'none;full;save:attn_out' (none)",
                 default="none",
-                help="checkpoint policies between semicolons: 'none;full;save:attn_out' (none)",
             ),
-            option("--target", help="tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, not run"),
-            option("--verify", action="store_true", help="compare each with one device"),
-            option("--time", action="store_true", help="time the updates on simulated devices too"),
-            option("--repeats", type=int, default=5, help="repeats of each timed case (5)"),
-            option("--out", metavar="FOLDER", help="folder of the rows (sweeps/NAME)"),
-            option("--plots", action="store_true", help="also draw PNG and SVG plots"),
-            option("--timeout", **_TIMEOUT, help="seconds to wait for one compile of a target"),
+            value("--target", "TARGET", "tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, not run"),
+            flag("--verify", "compare each with one device"),
+            flag("--time", "time the updates on simulated devices too"),
+            value("--repeats", "REPEATS", "repeats of each timed case (5)", type=int, default=5),
+            value("--out", "FOLDER", "folder of the rows (sweeps/NAME)"),
+            flag("--plots", "also draw PNG and SVG plots"),
+            value(
+                "--timeout", "TIMEOUT", "seconds to wait for one compile of a target", **_TIMEOUT
+            ),
         ),
         examples=(
             "shardkit sweep nano --devices 8 --axes data,fsdp,tensor",
@@ -183,12 +179,9 @@ COMMANDS: tuple[Command, ...] = (
         "plot loss and speed of runs",
         import_late("._tools", "run_plot"),
         (
-            option("runs", nargs="+", metavar="RUN", help="folder of a run: runs/default"),
-            option(
-                "--out",
-                default="plot.png",
-                metavar="FILE",
-                help="file to write: .png, .svg or .html (plot.png)",
+            value("runs", "RUN", "folder of a run: runs/default", nargs="+"),
+            value(
+                "--out", "FILE", "file to write: .png, .svg or .html (plot.png)", default="plot.png"
             ),
         ),
         takes_config=False,
@@ -204,12 +197,8 @@ COMMANDS: tuple[Command, ...] = (
                 choices=("inspect", "verify"),
                 help="show what is saved, or check it for damage",
             ),
-            option("folder", metavar="DIR", help="a run, its checkpoints, or one step"),
-            option(
-                "--values",
-                action="store_true",
-                help="with verify: also read every array and compare its fingerprint",
-            ),
+            value("folder", "DIR", "a run, its checkpoints, or one step"),
+            flag("--values", "with verify: also read every array and compare its fingerprint"),
         ),
         takes_config=False,
         examples=(
@@ -222,32 +211,34 @@ COMMANDS: tuple[Command, ...] = (
         "a Hugging Face folder to a checkpoint, or with --like a checkpoint to such a folder",
         import_late("._convert"),
         (
-            option("source", metavar="FROM", help="a Hugging Face folder; with --like a run"),
-            option("out", metavar="OUT", help="the new folder"),
-            option(
+            value("source", "FROM", "a Hugging Face folder; with --like a run"),
+            value("out", "OUT", "the new folder"),
+            value(
                 "--target-mesh",
-                metavar="AXIS=SIZE,…",
-                help="mesh whose shards the checkpoint is written in, e.g. fsdp=4,tensor=2; it can "
-                "be restored onto any",
+                "AXIS=SIZE,…",
+                (
+                    "mesh whose shards the checkpoint is written in, e.g. fsdp=4,tensor=2; it can "
+                    "be restored onto any"
+                ),
             ),
-            option(
+            value(
                 "--like",
-                metavar="HF_DIR",
-                help="export: the folder whose config, tokenizer, dtypes and files to take",
+                "HF_DIR",
+                "export: the folder whose config, tokenizer, dtypes and files to take",
             ),
-            option(
+            value(
                 "--vocab-padding",
+                "N",
+                "rows of the tables that no token has, model.vocab_padding (0)",
                 type=int,
                 default=0,
-                metavar="N",
-                help="rows of the tables that no token has, model.vocab_padding (0)",
             ),
-            option(
+            value(
                 "--ignore",
+                "KEY",
+                "key of config.json that is known to change no number, model.ignore",
                 action="append",
                 default=[],
-                metavar="KEY",
-                help="key of config.json that is known to change no number, model.ignore",
             ),
         ),
         takes_config=False,
@@ -261,42 +252,25 @@ COMMANDS: tuple[Command, ...] = (
         "list the known chips, with the source of each figure",
         import_late("._tools", "run_hardware"),
         (
-            option("names", nargs="*", metavar="CHIP", help="v5p, h100, …; all by default"),
-            option("--config", metavar="CONFIG", help="also list the chips of this config file"),
-            option(
-                "--measure",
-                action="store_true",
-                help="also measure this machine's CPU, two seconds",
-            ),
+            value("names", "CHIP", "v5p, h100, …; all by default", nargs="*"),
+            value("--config", "CONFIG", "also list the chips of this config file"),
+            flag("--measure", "also measure this machine's CPU, two seconds"),
         ),
         takes_config=False,
-        examples=(
-            "shardkit hardware",
-            "shardkit hardware v5p h100",
-            "shardkit hardware --measure",
-        ),
+        examples=("shardkit hardware", "shardkit hardware v5p h100", "shardkit hardware --measure"),
     ),
     Command(
         "launch",
         "run a command in several processes on this machine, for tests",
         import_late("._tools", "run_launch"),
         (
-            option(
-                "-n",
-                type=int,
-                required=True,
-                metavar="N",
-                dest="processes",
-                help="number of processes",
-            ),
-            option(
-                "--devices", type=int, metavar="D", help="CPU devices to simulate in each process"
-            ),
-            option(
+            value("-n", "N", "number of processes", type=int, required=True, dest="processes"),
+            value("--devices", "D", "CPU devices to simulate in each process", type=int),
+            value(
                 "words",
+                "-- COMMAND",
+                "command of each process: -- shardkit train CONFIG --set ...",
                 nargs=argparse.REMAINDER,
-                metavar="-- COMMAND",
-                help="command of each process: -- shardkit train CONFIG --set ...",
             ),
         ),
         takes_config=False,
@@ -309,16 +283,10 @@ COMMANDS: tuple[Command, ...] = (
         "encode text as token shards",
         import_late("._tools", "run_tokenize"),
         (
-            option("path", metavar="PATH", help="a folder or a file of text"),
-            option("out", metavar="OUT", help="folder for the shards, new or empty"),
-            option(
-                "--tokenizer",
-                metavar="FILE",
-                help="JSON file of the tokenizers library; by default bytes",
-            ),
-            option(
-                "--tokens", type=int, default=2**28, metavar="N", help="tokens per shard (2^28)"
-            ),
+            value("path", "PATH", "a folder or a file of text"),
+            value("out", "OUT", "folder for the shards, new or empty"),
+            value("--tokenizer", "FILE", "JSON file of the tokenizers library; by default bytes"),
+            value("--tokens", "N", "tokens per shard (2^28)", type=int, default=2**28),
         ),
         takes_config=False,
         examples=(
@@ -330,7 +298,7 @@ COMMANDS: tuple[Command, ...] = (
         "shards",
         "check token shards for damage, every byte",
         import_late("._tools", "run_shards"),
-        (option("paths", nargs="+", metavar="PATH", help="folders or files of token shards"),),
+        (value("paths", "PATH", "folders or files of token shards", nargs="+"),),
         takes_config=False,
         examples=("shardkit shards tokens/",),
     ),
@@ -338,7 +306,7 @@ COMMANDS: tuple[Command, ...] = (
         "replay",
         "repeat a step that was not finite, and find where it went wrong",
         import_late("._replay"),
-        (option("folder", metavar="DUMP", help="RUN/dumps/step-…, or the folder of the run"),),
+        (value("folder", "DUMP", "RUN/dumps/step-…, or the folder of the run"),),
         takes_config=False,
         examples=("shardkit replay runs/default",),
     ),
@@ -354,7 +322,7 @@ COMMANDS: tuple[Command, ...] = (
         "init",
         "copy the shipped configs into a folder, to be changed",
         import_late("._setup", "run_init"),
-        (option("folder", metavar="DIR", help="new, or without files of their names"),),
+        (value("folder", "DIR", "new, or without files of their names"),),
         takes_config=False,
         examples=("shardkit init configs",),
     ),

@@ -28,21 +28,13 @@ _ALLOWED = {
 
 @dataclasses.dataclass(frozen=True)
 class FieldRow:
-    """One field of a config.
+    """One field of a config."""
 
-    Attributes:
-      path: as `--set` takes it: `train.steps`.
-      value: as text.
-      kind: its type, or its allowed values.
-      default: that of `Config()`, as text.
-      origin: `default`, the config file, or `--set`.
-    """
-
-    path: str
-    value: str
-    kind: str
-    default: str
-    origin: str
+    path: str  # as `--set` takes it: `train.steps`
+    value: str  # as text
+    kind: str  # its type, or its allowed values
+    default: str  # that of `Config()`, as text
+    origin: str  # `default`, the config file, or `--set`
 
 
 def describe_fields(path: str | None = None, overrides: Sequence[str] = ()) -> list[FieldRow]:

@@ -17,23 +17,15 @@ from ._corpus import Corpus
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """Bits per validation byte.
+    """Bits per validation byte."""
 
-    Attributes:
-      order0: entropy coding with byte frequencies of the training text, add-one smoothed.
-      bigram: the same with frequencies given the byte before.
-      gzip: `gzip -9` of the validation bytes alone.
-      xz: `xz -9` of the validation bytes alone.
-      xz_after_train: what the validation bytes add to `xz -9` of the last `limit` training bytes.
-      n: number of validation bytes.
-    """
-
-    order0: float
-    bigram: float
-    gzip: float
-    xz: float
+    order0: float  # entropy coding with byte frequencies of the training text, add-one smoothed
+    bigram: float  # the same with frequencies given the byte before
+    gzip: float  # `gzip -9` of the validation bytes alone
+    xz: float  # `xz -9` of the validation bytes alone
+    # what the validation bytes add to `xz -9` of the last `limit` training bytes
     xz_after_train: float
-    n: int
+    n: int  # number of validation bytes
 
 
 def measure_baselines(corpus: Corpus, limit: int = 16 * 2**20) -> Baselines:

@@ -34,13 +34,10 @@ class ChatTemplate:
         return self.after["assistant"]
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, Spans]:
-        """Writes a chat.
+        """Writes a chat: its text, and `[start, stop)` in characters of each answer with its mark.
 
-        Returns:
-          The text, and `[start, stop)` in characters of each answer with the mark that ends it.
-
-        Raises:
-          ValueError: a role has no place in the template, or a message contains one of its marks.
+        Raises ValueError if a role has no place in the template, or a message contains one of its
+        marks.
 
         >>> chat = [Turn("user", "Hi"), Turn("assistant", "Hello")]
         >>> text, [(start, stop)] = TEMPLATES["chatml"].render(chat)

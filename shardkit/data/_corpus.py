@@ -16,23 +16,14 @@ END = b"\0"
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Bytes of text in two parts that share no file: one to train on, one to score.
+    """Bytes of text in two parts that share no file: one to train on, one to score."""
 
-    Attributes:
-      source: what was read, in words.
-      train: the training files, each followed by a zero byte.
-      validation: the same for the files to score.
-      train_files: number of files in `train`.
-      validation_files: number of files in `validation`.
-      tokenizer: encodes the bytes.
-    """
-
-    source: str
-    train: bytes = dataclasses.field(repr=False)
-    validation: bytes = dataclasses.field(repr=False)
-    train_files: int
-    validation_files: int
-    tokenizer: Tokenizer = dataclasses.field(default_factory=ByteTokenizer)
+    source: str  # what was read, in words
+    train: bytes = dataclasses.field(repr=False)  # the training files, each followed by a zero byte
+    validation: bytes = dataclasses.field(repr=False)  # the same for the files to score
+    train_files: int  # number of files in `train`
+    validation_files: int  # number of files in `validation`
+    tokenizer: Tokenizer = dataclasses.field(default_factory=ByteTokenizer)  # encodes the bytes
 
     @property
     def unit(self) -> str:

@@ -44,12 +44,9 @@ def encode_examples(
     """Encodes every example whole, so that its tokens are those of its text.
 
     A token that holds a character of an answer counts, also where it begins in front of it. Behind
-    texts and completions, and behind chats in a template without marks, comes the tokenizer's
-    end.
-
-    Raises:
-      DataError: with every chat that the template cannot write, and every example that has no
-        token to predict.
+    texts and completions, and behind chats in a template without marks, comes the tokenizer's end.
+    Raises DataError with every chat that the template cannot write, and every example that has no
+    token to predict.
     """
     written, problems = list[tuple[str, Spans]](), list[Problem]()
     for example in examples:

@@ -129,12 +129,7 @@ def fill_rows(rows: Sequence[Iterable[tuple[np.ndarray, np.ndarray]]], length: i
 def pack_best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Packs items into bins, the largest first, each into the fullest bin that has room.
 
-    Args:
-      sizes: i64[n], each at most `capacity`.
-      capacity: of a bin.
-
-    Returns:
-      i64[n], the bin of each item.
+    Returns i64[n], the bin of each item; their `sizes` are i64[n], each at most `capacity`.
 
     >>> pack_best_fit(np.array([3, 6, 2, 5, 4]), 10)
     array([1, 0, 1, 1, 0])

@@ -65,16 +65,11 @@ class Stream:
 
         without end    a b c         position 0 is token 0
         with end     . a b . c .     position 0 is the leading end, position 1 is token 0
-
-    Attributes:
-      files: the tokens.
-      vocabulary: every id is smaller.
-      end: id that follows each document; None for none.
     """
 
-    files: tuple[TokenFile, ...]
-    vocabulary: int
-    end: int | None = None
+    files: tuple[TokenFile, ...]  # the tokens
+    vocabulary: int  # every id is smaller
+    end: int | None = None  # id that follows each document; None for none
 
     @functools.cached_property
     def _starts(self) -> list[int]:

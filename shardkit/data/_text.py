@@ -15,13 +15,7 @@ from .._core.errors import DataError, Problem, raise_all
 from ._config import DataConfig
 from ._corpus import TokenCorpus, TokenizedCorpus
 from ._read_text import list_shards, read_corpus, read_standard_library
-from ._sequences import (
-    ContiguousSequences,
-    PackedSequences,
-    Sequences,
-    TokenBatch,
-    segment_ids_at,
-)
+from ._sequences import ContiguousSequences, PackedSequences, Sequences, TokenBatch, segment_ids_at
 from ._shards import open_shards
 from ._stream import Stream
 from ._tokenizer import Tokenizer, load_fitting_tokenizer
@@ -32,15 +26,10 @@ _CHECKED_TOKENS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A corpus cut into rows; a `BatchSource`.
+    """A corpus cut into rows; a `BatchSource`."""
 
-    Attributes:
-      corpus: the tokens to train on and those to score.
-      config: how they are cut.
-    """
-
-    corpus: TokenizedCorpus
-    config: DataConfig
+    corpus: TokenizedCorpus  # the tokens to train on and those to score
+    config: DataConfig  # how they are cut
 
     def __post_init__(self) -> None:
         """Refuses rows longer than the text, and batches of more rows than an epoch has."""

@@ -6,13 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import (
-    CheckpointError,
-    ConfigError,
-    Problem,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import CheckpointError, ConfigError, Problem, did_you_mean, raise_all
 from .._core.io._files import local_path
 from ..lm import DecoderConfig
 from ..rules import matches

@@ -18,33 +18,25 @@ class ModelFamily:
 
     Every key of a `config.json` must be in `fields`, `fixed`, `ignored` or read by a reader, so
     that nothing that changes the numbers is passed over.
-
-    Attributes:
-      model_type: of `config.json`.
-      architecture: of `config.json`.
-      fields: `{key: field of DecoderConfig}`.
-      tensors: `{leaf: (tensors, pattern)}` of every leaf that a model of the family may have.
-      defaults: values of keys that a file may omit.
-      fixed: `{key: the values that the decoder computes}`.
-      constants: fields of `DecoderConfig` that are the same in the whole family.
-      aliases: `{other name of a key: key}`.
-      readers: functions that read what is spread over several keys.
-      ignored: globs of keys that change no number, beside those of every family.
-      prefix: start of the tensors' names, which some files omit.
-      ignored_tensors: globs of tensors that are no parameters.
     """
 
-    model_type: str
-    architecture: str
-    fields: Mapping[str, str]
-    tensors: Table
+    model_type: str  # of `config.json`
+    architecture: str  # of `config.json`
+    fields: Mapping[str, str]  # `{key: field of DecoderConfig}`
+    tensors: Table  # `{leaf: (tensors, pattern)}` of every leaf that a model of the family may have
+    # values of keys that a file may omit
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # `{key: the values that the decoder computes}`
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    # fields of `DecoderConfig` that are the same in the whole family
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # `{other name of a key: key}`
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[Reader, ...] = ()  # functions that read what is spread over several keys
+    # globs of keys that change no number, beside those of every family
     ignored: tuple[str, ...] = ()
-    prefix: str = ""
+    prefix: str = ""  # start of the tensors' names, which some files omit
+    # globs of tensors that are no parameters
     ignored_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
 
     def named_like(self, names: Iterable[str]) -> Table:

@@ -214,10 +214,7 @@ def _tensor_types(
 
 
 def _divide(
-    types: Types,
-    index: Mapping[str, str],
-    weights: Mapping[str, StoredTensor],
-    largest: int,
+    types: Types, index: Mapping[str, str], weights: Mapping[str, StoredTensor], largest: int
 ) -> dict[str, Types]:
     """Divides tensors into files: those of `like`, else as few as their size allows."""
     if weights:

@@ -14,6 +14,7 @@ attention), `mlp_hidden` (gate and up products), `attn_out` and `mlp_out` (what 
 the stream, reduced if its products are split).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -60,16 +61,6 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return (centered * inverse * scale + bias).astype(x.dtype)
 
 
-def norm(
-    config: DecoderConfig, weights: Mapping[str, jax.Array], name: str, x: jax.Array
-) -> jax.Array:
-    """Applies the norm of a name in `weights`, of the kind that the config declares."""
-    scale, eps = weights[name], config.norm_eps
-    if config.norm == "layer":
-        return layer_norm(x, scale + config.norm_offset, weights[f"{name}_bias"], eps)
-    return rms_norm(x, scale, eps, config.norm_offset)
-
-
 def rope_angles(config: DecoderConfig, length: int, local: bool = False) -> Rotation:
     """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles.
 
@@ -112,64 +103,166 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def block(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    x_BTE: jax.Array,
-    angles: tuple[Rotation, ...],
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-    token_weights: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the residual stream after one block: x + attention(norm x), then + mlp(norm x).
+@dataclasses.dataclass(frozen=True)
+class DecoderBlock:
+    """One block, or the norm behind all of them, with its weights."""
 
-    With experts it also returns the sums of `router_statistics`; without experts an empty dict.
-    `weights` are arrays of one layer, by the names of `Layers`; the stream is [batch, length,
-    embed]. `angles` are results of `rope_angles` for this length: one for all layers, or those of
-    global and of local ones; empty without rotation. `segment_ids` i32[batch, length] may be None
-    for one segment in each row, `token_weights` f32[batch, length] for 1, and `key` for no dropout.
-    """
-    keys = (None, None) if key is None else tuple(jax.random.split(key))
-    with jax.named_scope("attention"):
-        mixed = defer_remat(functools.partial(_mix, config), "attn_out")
-        y = mixed(weights, x_BTE, angles, segment_ids)
-        x_BTE = add_attention(config, weights, x_BTE, y, keys[0])
-    return add_feed_forward(config, weights, x_BTE, token_weights, keys[1])
+    config: DecoderConfig
+    weights: Mapping[str, jax.Array]  # of one layer, by the names of `Layers`
 
+    def __call__(
+        self,
+        x_BTE: jax.Array,
+        angles: tuple[Rotation, ...],
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+        token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the residual stream after the block: x + attention(norm x), then + mlp(norm x).
 
-def add_attention(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    x_BTE: jax.Array,
-    y_BTE: jax.Array,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the stream after the attention branch, whose last product is `y_BTE`."""
-    parts = ("heads", "head_dim")
-    return x_BTE + _branch_output(config, weights, "attn_out", y_BTE, partial=parts, key=key)
+        With experts it also returns the sums of `router_statistics`; without experts an empty dict.
+        The stream is [batch, length, embed]. `angles` are results of `rope_angles` for this length:
+        one for all layers, or those of global and of local ones; empty without rotation.
+        `segment_ids` i32[batch, length] may be None for one segment in each row, `token_weights`
+        f32[batch, length] for 1, and `key` for no dropout.
+        """
+        keys = (None, None) if key is None else tuple(jax.random.split(key))
+        with jax.named_scope("attention"):
+            mixed = defer_remat(functools.partial(_mix, self.config), "attn_out")
+            y = mixed(self.weights, x_BTE, angles, segment_ids)
+            x_BTE = self.add_attention(x_BTE, y, keys[0])
+        return self.add_feed_forward(x_BTE, token_weights, keys[1])
 
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        """Applies the norm of a name, of the kind that the config declares."""
+        scale, c = self.weights[name], self.config
+        if c.norm == "layer":
+            return layer_norm(x, scale + c.norm_offset, self.weights[f"{name}_bias"], c.norm_eps)
+        return rms_norm(x, scale, c.norm_eps, c.norm_offset)
 
-def add_feed_forward(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    x_BTE: jax.Array,
-    token_weights: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the stream after the feed-forward branch, and the sums of `router_statistics`."""
-    with jax.named_scope("mlp"):
-        inner = _inner(config)
-        into = () if config.experts else inner
-        h = _branch_input(config, weights, x_BTE, "mlp", into)
-        y, sums = _feed_forward(config, weights, h, token_weights)
-        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, partial=inner, key=key)
-    return constrain(x_BTE, *STREAM), sums
+    def add_attention(
+        self, x_BTE: jax.Array, y_BTE: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the stream after the attention branch, whose last product is `y_BTE`."""
+        return x_BTE + self._branch_output("attn_out", y_BTE, ("heads", "head_dim"), key)
 
+    def add_feed_forward(
+        self, x_BTE: jax.Array, token_weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the stream after the feed-forward branch, and the sums of `router_statistics`."""
+        experts = self.config.experts is not None
+        # What the last products of the branch contract.
+        inner = ("mlp",) * bool(self.config.dense_width) + ("expert_mlp",) * experts
+        with jax.named_scope("mlp"):
+            h = self._branch_input(x_BTE, "mlp", () if self.config.experts else inner)
+            y, sums = self._feed_forward(h, token_weights)
+            x_BTE = x_BTE + self._branch_output("mlp_out", y, inner, key)
+        return constrain(x_BTE, *STREAM), sums
 
-def _inner(config: DecoderConfig) -> tuple[str, ...]:
-    """Returns the logical axes that the last products of the feed-forward branch contract."""
-    chosen = () if config.experts is None else ("expert_mlp",)
-    return (*(("mlp",) if config.dense_width else ()), *chosen)
+    def attention_heads(
+        self, x_BTE: jax.Array, angles: tuple[Rotation, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [batch, length, heads, head_dim], and keys and values with kv_heads."""
+        c, h_BTE = self.config, self._branch_input(x_BTE, "attn", ("heads", "kv_heads"))
+        q = self._product(h_BTE, "query", "heads", "head_dim")
+        k = self._product(h_BTE, "key", "kv_heads", "head_dim")
+        v = self._product(h_BTE, "value", "kv_heads", "head_dim")
+        turn = self._layer_angles(angles)
+        q = self._norm_and_rotate("query", q, turn)
+        if c.query_scale is not None:
+            q = (q * (c.query_scale * c.head_size**0.5)).astype(q.dtype)
+        q = constrain(q, "batch", "length", "heads", "head_dim")
+        k = self._norm_and_rotate("key", k, turn)
+        k = constrain(k, "batch", "length", "kv_heads", "head_dim")
+        v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+        return checkpoint_name((q, k, v), "qkv")
+
+    def attend(
+        self, qkv: tuple[jax.Array, jax.Array, jax.Array], segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the values that each query of a row mixes, [batch, length, heads, head_dim]."""
+        return attention(
+            *qkv,
+            causal=True,
+            segment_ids=segment_ids,
+            implementation=self.config.attention,
+            window=self.window(qkv[0].shape[1]),
+            softcap=self.config.attn_softcap,
+        )
+
+    def attention_output(self, mixed: jax.Array) -> jax.Array:
+        """Returns the product of what `attend` returns, [batch, length, embed]."""
+        mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
+        out = use_param(self.weights["out"], "heads", "head_dim", "embed")
+        return constrain_gradient(project(mixed, out, 2), WORK)
+
+    def window(self, length: int) -> int | jax.Array | None:
+        """Returns how many keys a query of this layer sees; None where that is all before it."""
+        c = self.config
+        if c.window is None or c.window >= length:
+            return None
+        if not c.mixes_layers:
+            return None if c.global_layers else c.window
+        return jnp.where(self.weights[IS_LOCAL] > 0, c.window, length)
+
+    def _branch_input(self, x_BTE: jax.Array, branch: str, into: tuple[str, ...]) -> jax.Array:
+        # Constrained here too, so that a gather moves the norm's result and not the f32 inside it.
+        h = constrain(self.norm(f"{branch}_norm", x_BTE), *STREAM)
+        return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), f"{branch}_in")
+
+    def _branch_output(
+        self, name: str, y_BTE: jax.Array, partial: tuple[str, ...], key: jax.Array | None
+    ) -> jax.Array:
+        """Constrains what a branch adds right after the product, so that it takes one reduction.
+
+        The bias is added after the reduction; before it, every device would add it.
+        """
+        y = checkpoint_name(constrain(y_BTE, *STREAM, source=WORK, partial=partial), name)
+        bias = self.weights.get(BIASES[name])
+        y = y if bias is None else y + bias
+        y = self.norm(POST_NORMS[name], y) if self.config.post_norms else y
+        return dropout(y, self.config.dropout, key)
+
+    def _product(self, h_BTE: jax.Array, name: str, *outputs: str) -> jax.Array:
+        """Multiplies with a weight [embed, *outputs], and adds its bias if it has one."""
+        y: Any = project(h_BTE, use_param(self.weights[name], "embed", *outputs))
+        bias = self.weights.get(f"{name}_bias")
+        return y if bias is None else y + bias
+
+    def _norm_and_rotate(self, name: str, x: jax.Array, angles: Rotation | None) -> jax.Array:
+        """Applies to queries or keys what the config declares of them."""
+        if self.config.qk_norm:
+            heads = {"query": "heads", "key": "kv_heads"}[name]
+            # One scale for all heads: its gradient is summed over their shards.
+            scale = constrain(self.weights[f"{name}_norm"], "head_dim", into=(heads,))
+            x = rms_norm(x, scale, self.config.norm_eps, self.config.norm_offset)
+        return x if angles is None else rotate(x, angles)
+
+    def _layer_angles(self, angles: tuple[Rotation, ...]) -> Rotation | None:
+        if len(angles) < 2:
+            return angles[0] if angles else None
+        is_local = self.weights[IS_LOCAL] > 0
+        (cos, sin), (local_cos, local_sin) = angles
+        return jnp.where(is_local, local_cos, cos), jnp.where(is_local, local_sin, sin)
+
+    def _feed_forward(
+        self, h_BTE: jax.Array, token_weights: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the dense branch, the chosen experts, or the sum of both."""
+        if self.config.experts is None:
+            return self._dense_branch(h_BTE), {}
+        y, sums = mixture(self.config, self.weights, h_BTE, token_weights)
+        if self.config.dense_width:
+            y = y + self._dense_branch(constrain(h_BTE, *WORK, into=("mlp",)))
+        return y, sums
+
+    def _dense_branch(self, h_BTE: jax.Array) -> jax.Array:
+        names = ("gate", "up") if self.config.gated else ("up",)
+        products = (self._product(h_BTE, name, "mlp") for name in names)
+        wide = tuple(constrain(product, "batch", "length", "mlp") for product in products)
+        gate, *up = checkpoint_name(wide, "mlp_hidden")
+        down = use_param(self.weights["down"], "mlp", "embed")
+        return constrain_gradient(_activated_down(self.config.activation, gate, up, down), WORK)
 
 
 def _mix(
@@ -179,162 +272,8 @@ def _mix(
     angles: tuple[Rotation, ...],
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    q, k, v = attention_heads(config, weights, x_BTE, angles)
-    return attention_output(weights, attend(config, weights, (q, k, v), segment_ids))
-
-
-def _branch_input(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    x_BTE: jax.Array,
-    branch: str,
-    into: tuple[str, ...],
-) -> jax.Array:
-    # Constrained here too, so that a gather moves the norm's result and not the f32 inside it.
-    h = constrain(norm(config, weights, f"{branch}_norm", x_BTE), *STREAM)
-    return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), f"{branch}_in")
-
-
-def _branch_output(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    name: str,
-    y_BTE: jax.Array,
-    *,
-    partial: tuple[str, ...],
-    key: jax.Array | None,
-) -> jax.Array:
-    """Constrains what a branch adds right after the product, so that it takes one reduction.
-
-    The bias is added after the reduction; before it, every device would add it.
-    """
-    y = checkpoint_name(constrain(y_BTE, *STREAM, source=WORK, partial=partial), name)
-    bias = weights.get(BIASES[name])
-    y = y if bias is None else y + bias
-    y = norm(config, weights, POST_NORMS[name], y) if config.post_norms else y
-    return dropout(y, config.dropout, key)
-
-
-def _product(
-    h_BTE: jax.Array, weights: Mapping[str, jax.Array], name: str, *outputs: str
-) -> jax.Array:
-    """Multiplies with a weight [embed, *outputs], and adds its bias if it has one."""
-    y: Any = project(h_BTE, use_param(weights[name], "embed", *outputs))
-    bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
-
-
-def attention_heads(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    x_BTE: jax.Array,
-    angles: tuple[Rotation, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries [batch, length, heads, head_dim], and keys and values with kv_heads."""
-    h_BTE = _branch_input(config, weights, x_BTE, "attn", ("heads", "kv_heads"))
-    q = _product(h_BTE, weights, "query", "heads", "head_dim")
-    k = _product(h_BTE, weights, "key", "kv_heads", "head_dim")
-    v = _product(h_BTE, weights, "value", "kv_heads", "head_dim")
-    turn = _layer_angles(weights, angles)
-    q = _norm_and_rotate(config, weights, "query", q, turn)
-    if config.query_scale is not None:
-        q = (q * (config.query_scale * config.head_size**0.5)).astype(q.dtype)
-    q = constrain(q, "batch", "length", "heads", "head_dim")
-    k = _norm_and_rotate(config, weights, "key", k, turn)
-    k = constrain(k, "batch", "length", "kv_heads", "head_dim")
-    v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-    return checkpoint_name((q, k, v), "qkv")
-
-
-def attend(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
-    segment_ids: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the values that each query of a row mixes, [batch, length, heads, head_dim]."""
-    q, k, v = qkv
-    return attention(
-        q,
-        k,
-        v,
-        causal=True,
-        segment_ids=segment_ids,
-        implementation=config.attention,
-        window=layer_window(config, weights, q.shape[1]),
-        softcap=config.attn_softcap,
-    )
-
-
-def attention_output(weights: Mapping[str, jax.Array], mixed: jax.Array) -> jax.Array:
-    """Returns the product of what `attend` returns, [batch, length, embed]."""
-    mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-    out = use_param(weights["out"], "heads", "head_dim", "embed")
-    return constrain_gradient(project(mixed, out, 2), WORK)
-
-
-def _norm_and_rotate(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    name: str,
-    x: jax.Array,
-    angles: Rotation | None,
-) -> jax.Array:
-    """Applies to queries or keys what the config declares of them."""
-    if config.qk_norm:
-        heads = {"query": "heads", "key": "kv_heads"}[name]
-        # One scale for all heads: its gradient is summed over their shards.
-        scale = constrain(weights[f"{name}_norm"], "head_dim", into=(heads,))
-        x = rms_norm(x, scale, config.norm_eps, config.norm_offset)
-    return x if angles is None else rotate(x, angles)
-
-
-def _layer_angles(
-    weights: Mapping[str, jax.Array], angles: tuple[Rotation, ...]
-) -> Rotation | None:
-    if len(angles) < 2:
-        return angles[0] if angles else None
-    is_local = weights[IS_LOCAL] > 0
-    (cos, sin), (local_cos, local_sin) = angles
-    return jnp.where(is_local, local_cos, cos), jnp.where(is_local, local_sin, sin)
-
-
-def layer_window(
-    config: DecoderConfig, weights: Mapping[str, jax.Array], length: int
-) -> int | jax.Array | None:
-    """Returns how many keys a query of this layer sees; None where that is all before it."""
-    if config.window is None or config.window >= length:
-        return None
-    if not config.mixes_layers:
-        return None if config.global_layers else config.window
-    return jnp.where(weights[IS_LOCAL] > 0, config.window, length)
-
-
-def _feed_forward(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    h_BTE: jax.Array,
-    token_weights: jax.Array | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the dense branch, the chosen experts, or the sum of both."""
-    if config.experts is None:
-        return _dense_branch(config, weights, h_BTE), {}
-    y, sums = mixture(config, weights, h_BTE, token_weights)
-    if config.dense_width:
-        y = y + _dense_branch(config, weights, constrain(h_BTE, *WORK, into=("mlp",)))
-    return y, sums
-
-
-def _dense_branch(
-    config: DecoderConfig, weights: Mapping[str, jax.Array], h_BTE: jax.Array
-) -> jax.Array:
-    names = ("gate", "up") if config.gated else ("up",)
-    wide = [
-        constrain(_product(h_BTE, weights, name, "mlp"), "batch", "length", "mlp") for name in names
-    ]
-    gate, *up = checkpoint_name(tuple(wide), "mlp_hidden")
-    down = use_param(weights["down"], "mlp", "embed")
-    return constrain_gradient(_activated_down(config.activation, gate, up, down), WORK)
+    block = DecoderBlock(config, weights)
+    return block.attention_output(block.attend(block.attention_heads(x_BTE, angles), segment_ids))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)

@@ -5,7 +5,6 @@ G queries of each of these, H head_dim.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,16 +12,8 @@ import jax.numpy as jnp
 
 from ..nn._constrain import constrain
 from ..nn._dot import einsum
-from ._block import (
-    add_attention,
-    add_feed_forward,
-    attend,
-    attention_heads,
-    attention_output,
-    layer_window,
-)
+from ._block import DecoderBlock
 from ._decoder import Decoder
-from ._decoder_config import DecoderConfig
 
 _CACHE = ("batch", "length", "kv_heads", "head_dim")
 
@@ -45,14 +36,15 @@ def fill_cache(
     is the number of positions of the cache, at least `length`. Returns logits of the token behind
     each prompt, f32[rows, vocab], and the cache.
     """
-    config, room = model.config, size - tokens_BT.shape[1]
+    room = size - tokens_BT.shape[1]
     angles = model.angles(tokens_BT.shape[1])
 
     def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, KeyValueCache]:
-        qkv = attention_heads(config, weights, x, angles)
-        y = attention_output(weights, attend(config, weights, qkv))
+        block = DecoderBlock(model.config, weights)
+        qkv = block.attention_heads(x, angles)
+        y = block.attention_output(block.attend(qkv))
         kept = (jnp.pad(part, ((0, 0), (0, room), (0, 0), (0, 0))) for part in qkv[1:])
-        x, _ = add_feed_forward(config, weights, add_attention(config, weights, x, y))
+        x, _ = block.add_feed_forward(block.add_attention(x, y))
         return x, KeyValueCache(*(constrain(part, *_CACHE) for part in kept))
 
     outer = model.outer_params()
@@ -71,19 +63,20 @@ def extend_cache(
     are filled. Returns logits of the tokens behind them, f32[rows, vocab], and the cache with these
     tokens.
     """
-    config, size = model.config, cache.keys.shape[2]
+    size = cache.keys.shape[2]
     angles = tuple((cos[at_B][:, None], sin[at_B][:, None]) for cos, sin in model.angles(size))
     # A comparison instead of an index: rows and heads stay on the devices that have them.
     is_here = (jnp.arange(size) == at_B[:, None])[:, :, None, None]
 
     def layer(x: jax.Array, inputs: tuple[Any, KeyValueCache]) -> tuple[jax.Array, KeyValueCache]:
         weights, old = inputs
-        q, k, v = attention_heads(config, weights, x, angles)
+        block = DecoderBlock(model.config, weights)
+        q, k, v = block.attention_heads(x, angles)
         keys = constrain(jnp.where(is_here, k, old.keys), *_CACHE)
         values = constrain(jnp.where(is_here, v, old.values), *_CACHE)
-        mixed = _attend_to_cache(config, weights, q, (keys, values), at_B)
-        x = add_attention(config, weights, x, attention_output(weights, mixed))
-        return add_feed_forward(config, weights, x)[0], KeyValueCache(keys, values)
+        mixed = _attend_to_cache(block, q, (keys, values), at_B)
+        x = block.add_attention(x, block.attention_output(mixed))
+        return block.add_feed_forward(x)[0], KeyValueCache(keys, values)
 
     outer = model.outer_params()
     x = model.embed(outer, {"inputs": token_B[:, None], "positions": at_B[:, None]})
@@ -92,13 +85,10 @@ def extend_cache(
 
 
 def _attend_to_cache(
-    config: DecoderConfig,
-    weights: Mapping[str, jax.Array],
-    q_BTNH: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
-    at_B: jax.Array,
+    block: DecoderBlock, q_BTNH: jax.Array, cache: tuple[jax.Array, jax.Array], at_B: jax.Array
 ) -> jax.Array:
     """Softmax over the positions that one query of each row sees, in f32."""
+    config = block.config
     keys, values = (part.astype(jnp.float32) for part in cache)
     rows, _, heads, width = q_BTNH.shape
     q = q_BTNH.astype(jnp.float32).reshape(rows, config.key_heads, config.group, width)
@@ -107,7 +97,7 @@ def _attend_to_cache(
         logits = config.attn_softcap * jnp.tanh(logits / config.attn_softcap)
     size = keys.shape[1]
     distance = at_B[:, None] - jnp.arange(size)
-    window = layer_window(config, weights, size)
+    window = block.window(size)
     seen = (distance >= 0) & (True if window is None else distance < window)
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     mixed = einsum("bkgs,bskh->bkgh", jax.nn.softmax(logits), values)

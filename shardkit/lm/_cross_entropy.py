@@ -31,15 +31,11 @@ _NEVER = -1e30  # finite: a shard of the vocabulary may have padding alone
 
 
 class LogitRule(NamedTuple):
-    """What becomes of the product of hidden states and table.
+    """What becomes of the product of hidden states and table."""
 
-    Attributes:
-      softcap: logits become `softcap · tanh(logits / softcap)`; None leaves them.
-      vocab: number of tokens; the logits of further columns of the table are -1e30. None: all are
-        tokens.
-    """
-
+    # logits become `softcap · tanh(logits / softcap)`; None leaves them
     softcap: float | None = None
+    # number of tokens; the logits of further columns of the table are -1e30. None: all are tokens.
     vocab: int | None = None
 
     def apply(self, logits: jax.Array, columns: jax.Array | None = None) -> jax.Array:
@@ -151,11 +147,7 @@ _summary.defvjp(_summary_fwd, _summary_bwd)
 
 
 def _logits(
-    hidden_BTE: jax.Array,
-    table_ES: jax.Array,
-    rule: LogitRule,
-    chunks: int,
-    index: jax.Array | int,
+    hidden_BTE: jax.Array, table_ES: jax.Array, rule: LogitRule, chunks: int, index: jax.Array | int
 ) -> jax.Array:
     logits = matmul(hidden_BTE, table_ES, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")

@@ -19,7 +19,7 @@ from ..nn._dot import matmul
 from ..nn._layer_stack import Layer, scan_layers, split_layer_keys
 from ..nn._manual_axis_rules import shard_offset
 from ..nn._use_param import use_param
-from ._block import IS_LOCAL, STREAM, WORK, Rotation, block, norm, rope_angles
+from ._block import IS_LOCAL, STREAM, WORK, DecoderBlock, Rotation, rope_angles
 from ._cross_entropy import LogitRule
 from ._decoder_config import DecoderConfig
 from ._mixture import STATISTICS
@@ -185,10 +185,7 @@ class Decoder(nnx.Module):
         return _param(_normal(rngs.params(), shape, self.config.embed_dim), "embed", "vocab")
 
     def __call__(
-        self,
-        inputs: jax.Array,
-        segment_ids: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, inputs: jax.Array, segment_ids: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
         """Returns the last norm's output, from which `logits` and the loss are computed.
 
@@ -280,15 +277,8 @@ class Decoder(nnx.Module):
 
         def run(weights: Any, x: Any, batch: Any, key: jax.Array | None) -> Any:
             stream, sums = self.split_sums(x)
-            stream, block_sums = block(
-                c,
-                weights,
-                stream,
-                angles=angles,
-                segment_ids=batch.get("segment_ids"),
-                key=key,
-                token_weights=batch.get("weights"),
-            )
+            block, ids = DecoderBlock(c, weights), batch.get("segment_ids")
+            stream, block_sums = block(stream, angles, ids, key, batch.get("weights"))
             return (stream, jax.tree.map(jnp.add, sums, block_sums)) if c.experts else stream
 
         return run
@@ -305,7 +295,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, outer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Applies the last norm to the stream after the last block."""
-        hidden = norm(self.config, outer, "norm", x)
+        hidden = DecoderBlock(self.config, outer).norm("norm", x)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
     @staticmethod

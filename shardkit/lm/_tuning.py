@@ -22,21 +22,16 @@ from ._lora import LoraConfig
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights in files, of whatever form the functions read and write.
+    """Weights in files, of whatever form the functions read and write."""
 
-    Attributes:
-      folder: with the files, for messages.
-      fingerprint: of the files; a run resumes only with the same.
-      load: `(spec, mesh, key) -> params` in the layout of a step; the key draws adapters, and is
-        None where there are none.
-      save: `(path, params)`, which writes the parameters of the decoder like the files.
-      module_name: `(path of a weight, index of its layer) -> name` of its module in the files.
-    """
-
-    folder: str
-    fingerprint: str
+    folder: str  # with the files, for messages
+    fingerprint: str  # of the files; a run resumes only with the same
+    # `(spec, mesh, key) -> params` in the layout of a step; the key draws adapters, and is None
+    # where there are none
     load: Callable[[StepSpec, Mesh, Key | None], Params]
+    # `(path, params)`, which writes the parameters of the decoder like the files
     save: Callable[[str, Params], None]
+    # `(path of a weight, index of its layer) -> name` of its module in the files
     module_name: Callable[[str, tuple[int, ...]], str]
 
 

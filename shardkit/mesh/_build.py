@@ -112,11 +112,7 @@ def arrange_devices(
         by_process = len(slices) == 1
         _check_slices(dcn, len(processes) if by_process else len(slices), by_process=by_process)
         grid = mesh_utils.create_hybrid_device_mesh(
-            inner,
-            outer,
-            devices,
-            process_is_granule=by_process,
-            allow_split_physical_axes=True,
+            inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )
     else:
         grid = _stack_slices(devices, inner, outer)

@@ -34,9 +34,7 @@ _SUM_OF_ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], 
 def position_in_expert(bin_R: jax.Array, bins: int) -> jax.Array:
     """Returns i32[..., R]: how many rows before this one go to the same bin.
 
-    Args:
-      bin_R: i32[..., R], the bin of each row, below `bins`.
-      bins: number of bins.
+    `bin_R` is i32[..., R], the bin of each row, below `bins`.
 
     >>> position_in_expert(jnp.array([1, 0, 1, 1]), 2).tolist()
     [0, 0, 1, 2]
@@ -49,14 +47,9 @@ def position_in_expert(bin_R: jax.Array, bins: int) -> jax.Array:
 def assign_slots(bin_R: jax.Array, bins: int, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Assigns rows to the slots of their bins, first come first served.
 
-    Args:
-      bin_R: i32[..., R], the bin of each row.
-      bins: number of bins.
-      capacity: slots of each bin; a row that finds its bin full gets none.
-
-    Returns:
-      i32[..., R], the slot of each row, S = bins · capacity where it has none; and
-      i32[..., S], the row in each slot, R where there is none.
+    `bin_R` is i32[..., R], the bin of each row; one that finds the `capacity` slots of its bin full
+    gets none. Returns i32[..., R], the slot of each row, S = bins · capacity where it has none; and
+    i32[..., S], the row in each slot, R where there is none.
 
     >>> slot, row = assign_slots(jnp.array([1, 0, 1, 1]), 2, 2)
     >>> slot.tolist(), row.tolist()
@@ -70,13 +63,9 @@ def assign_slots(bin_R: jax.Array, bins: int, capacity: int) -> tuple[jax.Array,
 def sort_by_expert(bin_R: jax.Array, bins: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sorts rows by their bins; rows of one bin keep their order.
 
-    Args:
-      bin_R: i32[..., R], the bin of each row; `bins` for a row without one, which comes last.
-      bins: number of bins.
-
-    Returns:
-      i32[..., R], the row at each sorted position; i32[..., R], the sorted position of each row;
-      and i32[..., bins], the number of rows of each bin.
+    `bin_R` is i32[..., R], the bin of each row; `bins` for a row without one, which comes last.
+    Returns i32[..., R], the row at each sorted position; i32[..., R], the sorted position of each
+    row; and i32[..., bins], the number of rows of each bin.
     """
     row = jnp.argsort(bin_R, axis=-1, stable=True).astype(jnp.int32)
     sizes = jax.nn.one_hot(bin_R, bins, dtype=jnp.int32).sum(-2)
@@ -108,9 +97,8 @@ def draw_row_words(key: jax.Array | None, choice_BTK: jax.Array) -> jax.Array | 
 def dispatch_words(words: jax.Array | None, row_S: jax.Array) -> jax.Array | None:
     """Returns u32[..., S, 2]: the words of the row in each slot, zeros in an empty one.
 
-    Args:
-      words: u32[..., 2] of as many rows, in dims of any sizes; None for no key.
-      row_S: i32[..., S], the row in each slot.
+    `words` are u32[..., 2] of as many rows, in dims of any sizes, or None for no key; `row_S` is
+    i32[..., S], the row in each slot.
     """
     return None if words is None else _take_rows(words.reshape(*row_S.shape[:-1], -1, 2), row_S)
 
@@ -131,11 +119,8 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 def dispatch(x_TE: jax.Array, row_S: jax.Array, slot_R: jax.Array, choices: int) -> jax.Array:
     """Returns [..., S, E]: the token in each slot, zeros in an empty one.
 
-    Args:
-      x_TE: tokens, [..., T, E].
-      row_S: i32[..., S], the row (token · choices + choice) in each slot.
-      slot_R: i32[..., R], the slot of each row.
-      choices: rows of one token.
+    Tokens are [..., T, E], each of them `choices` rows: `row_S` is i32[..., S], the row (token ·
+    choices + choice) in each slot, and `slot_R` i32[..., R] the slot of each row.
     """
     return _take_rows(x_TE, row_S // choices)
 
@@ -196,12 +181,10 @@ def ragged_matmul(
 ) -> jax.Array:
     """Returns [G, D, R, F]: rows sorted by expert, each times its expert's matrix.
 
-    Args:
-      h_GDRE: rows of G groups on D devices; rows beyond the sum of the sizes are padding.
-      w_XEF: a matrix for each expert; each device has X / D of them, side by side.
-      sizes_GDX: i32[G, D, X / D], rows of each of a device's experts in each group.
-      run: runs a function of arrays [G or 1, D, ...] on the devices that hold them: compilers for
-        TPUs refuse a ragged product of several groups.
+    Rows [G, D, R, E] are of G groups on D devices; those beyond the sum of the sizes are padding.
+    Each device has X / D of the matrices [X, E, F], side by side; `sizes_GDX` is i32[G, D, X / D],
+    rows of each of its experts in each group. `run` runs a function of arrays [G or 1, D, ...] on
+    the devices that hold them: compilers for TPUs refuse a ragged product of several groups.
     """
     return _product(run, h_GDRE, w_XEF, sizes_GDX)
 

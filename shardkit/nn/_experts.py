@@ -150,11 +150,7 @@ def route(logits: jax.Array, top_k: int, normalize: bool = True) -> tuple[jax.Ar
 
 
 def _check(
-    tokens: jax.Array,
-    choices: jax.Array,
-    shares: jax.Array,
-    weights: PyTree,
-    capacity: int | None,
+    tokens: jax.Array, choices: jax.Array, shares: jax.Array, weights: PyTree, capacity: int | None
 ) -> None:
     problems = []
     fits = choices.ndim == 3 and choices.shape[:2] == tokens.shape[:2]

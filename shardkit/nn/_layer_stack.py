@@ -24,17 +24,11 @@ Last = Callable[[Any, Any, Any, Any], Any]
 
 
 class StackKeys(NamedTuple):
-    """Keys of the parts of a layer stack; all None for no key.
+    """Keys of the parts of a layer stack; all None for no key."""
 
-    Attributes:
-      first: key[].
-      layers: key[layers].
-      last: key[].
-    """
-
-    first: Any = None
-    layers: Any = None
-    last: Any = None
+    first: Any = None  # key[]
+    layers: Any = None  # key[layers]
+    last: Any = None  # key[]
 
 
 def layer_stack(

@@ -140,17 +140,12 @@ class Override(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ActiveOverrides:
-    """The overrides of the step being traced.
+    """The overrides of the step being traced."""
 
-    Attributes:
-      overrides: `(name of the part, override)`, only those whose axis has several devices.
-      step: what they know of the step.
-      disabled: whether every part runs its reference function for now.
-    """
-
+    # `(name of the part, override)`, only those whose axis has several devices
     overrides: tuple[tuple[str, Override], ...]
-    step: StepContext
-    disabled: bool = False
+    step: StepContext  # what they know of the step
+    disabled: bool = False  # whether every part runs its reference function for now
 
     def find_unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
         """Returns the overrides whose part does not occur in a traced program."""
@@ -209,12 +204,9 @@ def is_overridden(name: str) -> bool:
 def gather_stored(path: str, x: jax.Array) -> jax.Array:
     """Gathers a form of a parameter, or of one of its layers, as a step gathers its floats.
 
-    Args:
-      path: of the parameter.
-      x: with the parameter's dims, without the first ones in a loop over layers.
-
-    Returns:
-      The same values; outside a compiled step, or where every mesh axis is manual, `x` itself.
+    `path` is that of the parameter, `x` has its dims, without the first ones in a loop over layers.
+    Returns the same values; outside a compiled step, or where every mesh axis is manual, `x`
+    itself.
     """
     active, manual = _active.value, manual_axes()
     dims = dict(active.step.gathered).get(path) if active else None

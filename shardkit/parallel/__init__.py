@@ -1,59 +1,31 @@
 """Strategies: how a step is laid out, one file per kind of parallelism."""
 
-from . import strategies
-from ._axis_names import axis_names
-from ._compose import (
-    check_axes_used,
-    check_composition,
-    check_overrides_called,
-    suggest_options,
-    suggest_renames,
-)
-from ._compression import GradientCompression, compressed_sum
-from ._kind import DeviceBytes, Kind, PlanChoice, format_call
-from ._kinds import (
-    axes_splitting,
-    gradient_shard_axes,
-    infer_kinds,
-    known_kinds,
-    planned_kinds,
-    register_kind,
-)
-from ._names import CONVENTIONAL
-from ._strategy import Strategy
-from ._zero_update import Zero, update_specs
-from .context._blockwise import attend_backward
-from .pipeline._schedule import PipelineSchedule, schedule
-from .pipeline._tick_program import Branch, TickProgram, tick_program
-
-__all__ = [
-    "CONVENTIONAL",
-    "Branch",
-    "DeviceBytes",
-    "GradientCompression",
-    "Kind",
-    "PipelineSchedule",
-    "PlanChoice",
-    "Strategy",
-    "TickProgram",
-    "Zero",
-    "attend_backward",
-    "axes_splitting",
-    "axis_names",
-    "check_axes_used",
-    "check_composition",
-    "check_overrides_called",
-    "compressed_sum",
-    "format_call",
-    "gradient_shard_axes",
-    "infer_kinds",
-    "known_kinds",
-    "planned_kinds",
-    "register_kind",
-    "schedule",
-    "strategies",
-    "suggest_options",
-    "suggest_renames",
-    "tick_program",
-    "update_specs",
-]
+from . import strategies as strategies
+from ._compose import check_axes_used as check_axes_used
+from ._compose import check_composition as check_composition
+from ._compose import check_overrides_called as check_overrides_called
+from ._compose import suggest_options as suggest_options
+from ._compose import suggest_renames as suggest_renames
+from ._compression import GradientCompression as GradientCompression
+from ._compression import compressed_sum as compressed_sum
+from ._kind import DeviceBytes as DeviceBytes
+from ._kind import Kind as Kind
+from ._kind import PlanChoice as PlanChoice
+from ._kind import format_call as format_call
+from ._kinds import axes_splitting as axes_splitting
+from ._kinds import gradient_shard_axes as gradient_shard_axes
+from ._kinds import infer_kinds as infer_kinds
+from ._kinds import known_kinds as known_kinds
+from ._kinds import planned_kinds as planned_kinds
+from ._kinds import register_kind as register_kind
+from ._names import CONVENTIONAL as CONVENTIONAL
+from ._names import axis_names as axis_names
+from ._strategy import Strategy as Strategy
+from ._zero_update import Zero as Zero
+from ._zero_update import update_specs as update_specs
+from .context._blockwise import attend_backward as attend_backward
+from .pipeline._schedule import PipelineSchedule as PipelineSchedule
+from .pipeline._schedule import schedule as schedule
+from .pipeline._tick_program import Branch as Branch
+from .pipeline._tick_program import TickProgram as TickProgram
+from .pipeline._tick_program import tick_program as tick_program

@@ -109,11 +109,7 @@ def fsdp(
 @final
 @dataclasses.dataclass(frozen=True)
 class Fsdp(Kind):
-    """Rows and parameters split over an axis.
-
-    Attributes:
-      reshard_after_forward: False keeps gathered weights from forward to backward.
-    """
+    """Rows and parameters split over an axis."""
 
     name: ClassVar[str] = "fsdp"
     splits = frozenset({"rows", "weights"})
@@ -123,7 +119,7 @@ class Fsdp(Kind):
     not_planned = ("weights kept from forward to backward (reshard_after_forward=False)",)
     implied_by = frozenset({"batch", "params"})
     factory = staticmethod(fsdp)
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = True  # False keeps gathered weights from forward to backward
 
     @property
     def variant(self) -> str:

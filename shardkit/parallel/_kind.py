@@ -53,17 +53,11 @@ def spare_share(row: LedgerRow, rows: Sequence[LedgerRow], least: float) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class PlanChoice:
-    """What a planner varies besides the sizes of axes; each kind reads what concerns it.
+    """What a planner varies besides the sizes of axes; each kind reads what concerns it."""
 
-    Attributes:
-      zero: ZeRO stage; 0 for none.
-      attention: how attention exchanges a split length; `""` where no length is split.
-      pipeline: options of a pipeline.
-    """
-
-    zero: int = 0
-    attention: str = ""
-    pipeline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    zero: int = 0  # ZeRO stage; 0 for none
+    attention: str = ""  # how attention exchanges a split length; `""` where no length is split
+    pipeline: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of a pipeline
 
 
 def format_call(call: "functools.partial[Strategy]") -> str:
@@ -80,19 +74,12 @@ def format_call(call: "functools.partial[Strategy]") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """What one device holds on one mesh, as a planner resolved it; bytes.
+    """What one device holds on one mesh, as a planner resolved it; bytes."""
 
-    Attributes:
-      sizes: mesh axis → size.
-      batch: its share of the batch.
-      gradients: its gradients in f32, split as the parameters are.
-      regathered: what it sends to gather parameters whose update was split.
-    """
-
-    sizes: Mapping[str, int]
-    batch: float
-    gradients: int
-    regathered: float = 0.0
+    sizes: Mapping[str, int]  # mesh axis → size
+    batch: float  # its share of the batch
+    gradients: int  # its gradients in f32, split as the parameters are
+    regathered: float = 0.0  # what it sends to gather parameters whose update was split
 
 
 @dataclasses.dataclass(frozen=True)

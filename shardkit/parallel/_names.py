@@ -1,9 +1,49 @@
 """The conventional logical names, and checks of the options of ready strategies."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
-from ..rules import AxisRules
+from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, list_rules
+from ._strategy import Strategy
+
+
+def axis_names(strategy: Strategy) -> tuple[str, ...]:
+    """Mesh axes that a strategy names, in the order of its kinds, its batch and its rules.
+
+    >>> rules = PathRules({"w": PartitionSpec("tensor")})
+    >>> axis_names(Strategy(params=rules, batch=PartitionSpec("data")))
+    ('data', 'tensor')
+    """
+    batch = strategy.batch
+    axes = [kind.axis for kind in strategy.kinds]
+    axes += _axes_of_spec(batch) if isinstance(batch, PartitionSpec) else _axes_of_rule(batch)
+    for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.model_state):
+        axes += _axes_of_rule(rule) if rule is not None else []
+    axes += [override.axis for _, override in strategy.overrides]
+    return tuple(dict.fromkeys(axes))
+
+
+def _axes_of_rule(rule: Rule) -> list[str]:
+    """Mesh axes in the tables of a rule; none are known of a user's own kind of rule."""
+    axes: list[str] = []
+    for part in list_rules(rule):
+        match part:
+            case PathRules():
+                specs = (spec for _, spec in part.table if isinstance(spec, PartitionSpec))
+                axes += [axis for spec in specs for axis in _axes_of_spec(spec)]
+            case AxisRules():
+                axes += [axis for _, split in part.table for axis in split]
+            case ShardLargest():
+                axes += part.axes
+    return axes
+
+
+def _axes_of_spec(spec: Iterable[Any]) -> list[str]:
+    return [axis for entry in spec for axis in axes_of(entry)]
+
 
 Axes = str | tuple[str, ...] | None
 
@@ -48,15 +88,9 @@ def activations(split: Mapping[str, Axes]) -> AxisRules:
 
 
 def check_strategy(strategy: str, axis: object, problems: Iterable[Problem] = ()) -> None:
-    """Refuses a mesh axis that is not a name, and the other problems of a declaration.
+    """Refuses a mesh axis that is not a name, and other problems of the declaration of a strategy.
 
-    Args:
-      strategy: name of the function that makes the strategy.
-      axis: the mesh axis as it was passed.
-      problems: of the other options.
-
-    Raises:
-      StepError: all problems, with the function's name.
+    Raises StepError with all of them, and with the name of the function that makes the strategy.
     """
     problems = list(problems)
     if not isinstance(axis, str) or not axis:

@@ -17,15 +17,11 @@ from ._strategy import Strategy
 @final
 @dataclasses.dataclass(frozen=True)
 class Own(Kind):
-    """An axis that the loss uses itself.
-
-    Attributes:
-      sends: collectives (`"all-reduce"`, …) that the loss sends over it.
-    """
+    """An axis that the loss uses itself."""
 
     name: ClassVar[str] = "own"
     sweep_by_default = False
-    sends: tuple[str, ...] = ()
+    sends: tuple[str, ...] = ()  # collectives (`"all-reduce"`, …) that the loss sends over it
 
     @property
     def explains(self) -> frozenset[str]:

@@ -74,11 +74,7 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
 @final
 @dataclasses.dataclass(frozen=True)
 class Tensor(Kind):
-    """Heads, MLP width and vocabulary split over an axis.
-
-    Attributes:
-      sequence: whether the residual stream between blocks is split over length.
-    """
+    """Heads, MLP width and vocabulary split over an axis."""
 
     name: ClassVar[str] = "tensor"
     splits = frozenset({"heads"})
@@ -87,7 +83,7 @@ class Tensor(Kind):
     planned = "tensor with sequence"
     not_planned = ("tensor without sequence",)
     factory = staticmethod(tensor)
-    sequence: bool = False
+    sequence: bool = False  # whether the residual stream between blocks is split over length
 
     @property
     def variant(self) -> str:

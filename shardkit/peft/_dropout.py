@@ -24,14 +24,10 @@ _OF_FUNCTION = 0x10AC
 
 @dataclasses.dataclass(frozen=True)
 class MaskKey:
-    """Draws the masks of the products in one loop body, branch or function.
+    """Draws the masks of the products in one loop body, branch or function."""
 
-    Attributes:
-      key: key[], or key[*rows] of rows that are computed wherever a strategy sends them.
-      counts: how often each name was folded in, filled while products are computed.
-    """
-
-    key: Key
+    key: Key  # key[], or key[*rows] of rows that are computed wherever a strategy sends them
+    # how often each name was folded in, filled while products are computed
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def next(self, name: str) -> "MaskKey":
@@ -60,12 +56,10 @@ class MaskKey:
     def drop(
         self, x: jax.Array, rate: float, cut: Mapping[int, tuple[int, Any]] = MappingProxyType({})
     ) -> jax.Array:
-        """Returns x without some of its elements, the others scaled up.
+        """Returns x, floats [*rows, ...], without some of its elements, the others scaled up.
 
-        Args:
-          x: floats, [*rows, ...].
-          rate: probability that an element is dropped.
-          cut: `{dim: (size, start)}` of dims of which x is this device's part.
+        An element is dropped with probability `rate`. `cut` is `{dim: (size, start)}` of dims of
+        which x is this device's part.
         """
 
         def draw(key: Key) -> jax.Array:

@@ -119,10 +119,7 @@ def _write_files(
 
 
 def read_adapter(
-    folder: str | os.PathLike[str],
-    adapted: Sequence[AdaptedLeaf],
-    like: Factors,
-    names: Names,
+    folder: str | os.PathLike[str], adapted: Sequence[AdaptedLeaf], like: Factors, names: Names
 ) -> Factors:
     """Reads the two files; see `LoraModel.load`."""
     with collective_errors():
@@ -130,10 +127,7 @@ def read_adapter(
 
 
 def _read_files(
-    folder: str | os.PathLike[str],
-    adapted: Sequence[AdaptedLeaf],
-    like: Factors,
-    names: Names,
+    folder: str | os.PathLike[str], adapted: Sequence[AdaptedLeaf], like: Factors, names: Names
 ) -> Factors:
     source = local_path(folder, CheckpointError, _NOT_READ)
     modules = name_modules(adapted, names, _NOT_READ)

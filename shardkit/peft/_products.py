@@ -48,31 +48,22 @@ Adapted = Tracked | Delta
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """Evaluates a traced loss some of whose weights are `Tracked`.
+    """Evaluates a traced loss some of whose weights are `Tracked`."""
 
-    Attributes:
-      dropout: probability that an element of an adapter's input is dropped.
-      dims: `{path: what the dims of the weight are in its products}`, filled while it runs.
-      problems: what cannot be followed, filled while it runs.
-    """
-
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that an element of an adapter's input is dropped
+    # `{path: what the dims of the weight are in its products}`, filled while it runs
     dims: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    # what cannot be followed, filled while it runs
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def call(
         self, loss: Callable[..., PyTree], args: Values, weights: PyTree, key: jax.Array | None
     ) -> PyTree:
-        """Calls a loss.
+        """Calls a loss of pytrees of arrays, the first of them with `weights` in its place.
 
-        Args:
-          loss: of pytrees of arrays.
-          args: its arguments.
-          weights: the first of them, with a `Tracked` in place of each leaf that is adapted.
-          key: draws dropout; None for none.
-
-        Raises:
-          StepError: with every weight that cannot be followed to its products, or has none.
+        These have a `Tracked` in place of each leaf that is adapted; `key` draws dropout, None for
+        none. Raises StepError with every weight that cannot be followed to its products, or has
+        none.
         """
         with leaving_open():
             traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)

@@ -58,18 +58,14 @@ class Compute:
 
 @dataclasses.dataclass
 class CostLog:
-    """Costs found so far by a propagation.
+    """Costs found so far by a propagation."""
 
-    Attributes:
-      collectives: in the order of the program.
-      compute: products and writes, in the order of the program.
-      phase: index into `PHASES`; it advances only where layers are split over stages.
-      message: bytes that one layer hands to the next.
-    """
-
+    # in the order of the program
     collectives: list[Collective] = dataclasses.field(default_factory=list)
+    # products and writes, in the order of the program
     compute: list[Compute] = dataclasses.field(default_factory=list)
-    phase: int = 0
+    phase: int = 0  # index into `PHASES`; it advances only where layers are split over stages
+    # bytes that one layer hands to the next
     message: SymbolicBytes = dataclasses.field(default_factory=dict)
 
 

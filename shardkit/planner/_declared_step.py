@@ -23,23 +23,14 @@ _ANY_NETWORK = Network(CHIPS["v5e"])
 
 @dataclasses.dataclass(frozen=True)
 class StepEstimate:
-    """Modelled figures of one device and step.
+    """Modelled figures of one device and step."""
 
-    Attributes:
-      state: bytes of parameters, optimizer state, model_state, counter and key; exact.
-      batch: bytes of its share of the batch; exact.
-      temp: bytes of activations, gradients and scratch.
-      wire: mesh axes, joined by commas → bytes sent.
-      seconds: of a step; None where no links were given.
-      problems: what could not be costed; with any, figures are lower bounds.
-    """
-
-    state: int
-    batch: int
-    temp: float
-    wire: Mapping[str, float]
-    seconds: float | None
-    problems: tuple[str, ...] = ()
+    state: int  # bytes of parameters, optimizer state, model_state, counter and key; exact
+    batch: int  # bytes of its share of the batch; exact
+    temp: float  # bytes of activations, gradients and scratch
+    wire: Mapping[str, float]  # mesh axes, joined by commas → bytes sent
+    seconds: float | None  # of a step; None where no links were given
+    problems: tuple[str, ...] = ()  # what could not be costed; with any, figures are lower bounds
 
     @property
     def total(self) -> float:

@@ -30,17 +30,11 @@ def region_axes() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions:
-    """Schedule of a pipeline; its micro-batches are the step's accumulation.
+    """Schedule of a pipeline; its micro-batches are the step's accumulation."""
 
-    Attributes:
-      schedule: as `strategies.pipeline` takes it.
-      micro_batches: number of micro-batches.
-      virtual_stages: chunks of layers that each stage holds.
-    """
-
-    schedule: str
-    micro_batches: int
-    virtual_stages: int = 1
+    schedule: str  # as `strategies.pipeline` takes it
+    micro_batches: int  # number of micro-batches
+    virtual_stages: int = 1  # chunks of layers that each stage holds
 
     @property
     def options(self) -> dict[str, Any]:

@@ -30,13 +30,7 @@ from ._costs import CostLog
 from ._dataflow import Dims, find_dim_sizes
 from ._program import FlatProgram, flatten_jaxpr
 from ._propagator import Propagator
-from ._region_probe import (
-    LOCAL_EXPERTS,
-    ROWS,
-    ROWS_WITHOUT_EXPERT,
-    MarkedRegions,
-    probe_regions,
-)
+from ._region_probe import LOCAL_EXPERTS, ROWS, ROWS_WITHOUT_EXPERT, MarkedRegions, probe_regions
 from ._symbolic_sharding import (
     MICRO,
     Axes,

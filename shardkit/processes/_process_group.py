@@ -8,7 +8,6 @@ import os
 import selectors
 import threading
 import time
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -87,12 +86,7 @@ class ProcessGroup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """Leaves with the others, or tells them that this process cannot continue."""
         if error is None:
             self.leave()

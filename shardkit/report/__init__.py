@@ -1,83 +1,47 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
-from ._budget import Budget, check
-from ._compare import Change, Comparison, compare
-from ._placed_leaf import PlacedLeaf
-from ._program import (
-    AxisKind,
-    CompiledBytes,
-    Declarations,
-    Program,
-    SplitPart,
-    find_batch_axes,
-)
-from ._report import Report
-from ._saved import TickTable
-from .communication._axis_traffic import AxisTraffic
-from .communication._entries import PRODUCTS, find_readers
-from .communication._governing import (
-    GoverningConstraint,
-    OddDeclaration,
-    SplitDim,
-    layouts_of_others,
-)
-from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
-from .communication._minimum import Minimum
-from .findings._finding import AGREE, FOLLOW, MOVE, Finding
-from .findings._findings import FINDINGS
-from .findings._miscompiled import read_miscompiled
-from .findings._odd_declarations import find_split_dim
-from .hlo._scope import phase_of, scope_of
-from .memory._memory import MEMORY_CLASSES, Memory, read_memory
-from .memory._suggestions import suggest_memory_savings
-from .time._flops import Flops, count_flops
-from .time._profile import find_profile
-from .time._timeline import Segment, Timeline, model_time
-
-__all__ = [
-    "AGREE",
-    "FINDINGS",
-    "FOLLOW",
-    "MEMORY_CLASSES",
-    "MOVE",
-    "PRODUCTS",
-    "AxisKind",
-    "AxisTraffic",
-    "Budget",
-    "Change",
-    "Comparison",
-    "CompiledBytes",
-    "Declarations",
-    "Finding",
-    "Flops",
-    "GoverningConstraint",
-    "Ledger",
-    "LedgerRow",
-    "Memory",
-    "Minimum",
-    "OddDeclaration",
-    "PlacedLeaf",
-    "Program",
-    "Report",
-    "Segment",
-    "SplitDim",
-    "SplitPart",
-    "TickTable",
-    "Timeline",
-    "check",
-    "compare",
-    "count_flops",
-    "find_batch_axes",
-    "find_profile",
-    "find_readers",
-    "find_split_dim",
-    "layouts_of_others",
-    "model_time",
-    "phase_of",
-    "read_ledger",
-    "read_memory",
-    "read_miscompiled",
-    "scope_of",
-    "suggest_memory_savings",
-    "wire_bytes",
-]
+from ._budget import Budget as Budget
+from ._budget import check as check
+from ._compare import Change as Change
+from ._compare import Comparison as Comparison
+from ._compare import compare as compare
+from ._placed_leaf import PlacedLeaf as PlacedLeaf
+from ._program import AxisKind as AxisKind
+from ._program import CompiledBytes as CompiledBytes
+from ._program import Declarations as Declarations
+from ._program import Program as Program
+from ._program import SplitPart as SplitPart
+from ._program import find_batch_axes as find_batch_axes
+from ._report import Report as Report
+from ._saved import TickTable as TickTable
+from .communication._axis_traffic import AxisTraffic as AxisTraffic
+from .communication._entries import PRODUCTS as PRODUCTS
+from .communication._entries import find_readers as find_readers
+from .communication._governing import GoverningConstraint as GoverningConstraint
+from .communication._governing import OddDeclaration as OddDeclaration
+from .communication._governing import SplitDim as SplitDim
+from .communication._governing import layouts_of_others as layouts_of_others
+from .communication._ledger import Ledger as Ledger
+from .communication._ledger import LedgerRow as LedgerRow
+from .communication._ledger import read_ledger as read_ledger
+from .communication._ledger import wire_bytes as wire_bytes
+from .communication._minimum import Minimum as Minimum
+from .findings._finding import AGREE as AGREE
+from .findings._finding import FOLLOW as FOLLOW
+from .findings._finding import MOVE as MOVE
+from .findings._finding import Finding as Finding
+from .findings._findings import FINDINGS as FINDINGS
+from .findings._miscompiled import read_miscompiled as read_miscompiled
+from .findings._odd_declarations import find_split_dim as find_split_dim
+from .hlo._scope import phase_of as phase_of
+from .hlo._scope import scope_of as scope_of
+from .memory._memory import MEMORY_CLASSES as MEMORY_CLASSES
+from .memory._memory import Memory as Memory
+from .memory._memory import read_memory as read_memory
+from .memory._suggestions import suggest_memory_savings as suggest_memory_savings
+from .time._flops import Flops as Flops
+from .time._flops import count_flops as count_flops
+from .time._profile import find_profile as find_profile
+from .time._timeline import Segment as Segment
+from .time._timeline import Timeline as Timeline
+from .time._timeline import model_time as model_time

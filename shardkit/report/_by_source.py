@@ -21,23 +21,17 @@ _NO_CODE = "(the file is not at hand, or has changed since it was imported)"
 
 @dataclasses.dataclass(frozen=True)
 class SourceCost:
-    """What one line of code sends.
+    """What one line of code sends."""
 
-    Attributes:
-      source: the line; None for what no line of the user's code causes.
-      name: `model.py:42 in attend`; without a line `"the optimizer"` (the update and its norms) or
-        `"unknown"`.
-      bytes: wire bytes per device and step.
-      in_findings: those of them that findings are about: what is sent beyond the minimum, as far
-        as that is known.
-      parts: what it sends, the most bytes first.
-    """
-
-    source: Source | None
+    source: Source | None  # the line; None for what no line of the user's code causes
+    # `model.py:42 in attend`; without a line `"the optimizer"` (the update and its norms) or
+    # `"unknown"`
     name: str
-    bytes: int
+    bytes: int  # wire bytes per device and step
+    # those of them that findings are about: what is sent beyond the minimum, as far as that is
+    # known
     in_findings: int
-    parts: tuple["SourcePart", ...]
+    parts: tuple["SourcePart", ...]  # what it sends, the most bytes first
 
     @property
     def code(self) -> str:
@@ -61,17 +55,11 @@ class SourceCost:
 
 @dataclasses.dataclass(frozen=True)
 class SourcePart:
-    """What one line of code sends by one collective.
+    """What one line of code sends by one collective."""
 
-    Attributes:
-      row: the collective, which may also send arrays of other lines.
-      operands: indices of the line's arrays among `row.operands`.
-      bytes: wire bytes of these.
-    """
-
-    row: LedgerRow
-    operands: tuple[int, ...]
-    bytes: int
+    row: LedgerRow  # the collective, which may also send arrays of other lines
+    operands: tuple[int, ...]  # indices of the line's arrays among `row.operands`
+    bytes: int  # wire bytes of these
 
     def describe(self) -> tuple[str, str]:
         """The collective, and what it lies between, as text."""

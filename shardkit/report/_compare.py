@@ -193,11 +193,7 @@ def _format_layout(layout: LeafLayout | None) -> str:
 
 _HEADLINES: tuple[tuple[str, Callable[[ReportData], float | None], str], ...] = (
     ("step, modelled", lambda x: x.timeline and x.timeline.high, "seconds"),
-    (
-        "communication exposed, modelled",
-        lambda x: x.timeline and x.timeline.exposed,
-        "seconds",
-    ),
+    ("communication exposed, modelled", lambda x: x.timeline and x.timeline.exposed, "seconds"),
     ("sent per step", lambda x: x.sent, "bytes"),
     ("memory, alive at once", lambda x: x.memory.total, "bytes"),
     ("model FLOPs", lambda x: x.flops and x.flops.model, "FLOPs"),

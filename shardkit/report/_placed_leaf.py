@@ -17,30 +17,22 @@ PARTS = ("params", "opt_state", "model_state", "batch", "rest")
 
 @dataclasses.dataclass(frozen=True)
 class PlacedLeaf:
-    """One argument of the executable: an array, the spec it has, and whether it is donated.
+    """One argument of the executable: an array, the spec it has, and whether it is donated."""
 
-    Attributes:
-      part: which part of the step's input it belongs to: one of `PARTS`; the step counter and
-        the random key are "rest".
-      leaf: path, global shape and dtype.
-      spec: its `PartitionSpec`, as resolved.
-      donated: the caller gives the buffer away, so an output should reuse it.
-      declared_replicated: the spec declares that every device holds all of it (`sk.REPLICATED`,
-        or this leaf follows a parameter so declared). Otherwise a copy on every device is a
-        finding.
-      declared_by: the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown.
-      frozen: a parameter without gradient.
-      forward_only: a frozen parameter that the backward pass does not need: no gradient flows
-        through its products, and it recomputes none of them.
-    """
-
+    # which part of the step's input it belongs to: one of `PARTS`; the step counter and the random
+    # key are "rest"
     part: str
-    leaf: Leaf
-    spec: PartitionSpec
-    donated: bool = False
+    leaf: Leaf  # path, global shape and dtype
+    spec: PartitionSpec  # its `PartitionSpec`, as resolved
+    donated: bool = False  # the caller gives the buffer away, so an output should reuse it
+    # the spec declares that every device holds all of it (`sk.REPLICATED`, or this leaf follows a
+    # parameter so declared). Otherwise a copy on every device is a finding.
     declared_replicated: bool = False
+    # the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown
     declared_by: str = ""
-    frozen: bool = False
+    frozen: bool = False  # a parameter without gradient
+    # a frozen parameter that the backward pass does not need: no gradient flows through its
+    # products, and it recomputes none of them
     forward_only: bool = False
 
     @property

@@ -49,20 +49,15 @@ class CompiledBytes:
 
 @dataclasses.dataclass(frozen=True)
 class AxisKind(abc.ABC):
-    """The kind of parallelism on one mesh axis, as far as a report judges it.
+    """The kind of parallelism on one mesh axis, as far as a report judges it."""
 
-    Attributes:
-      axis: the mesh axis.
-      name: of the kind, without its variant: `"tensor"`.
-      splits: what is divided over the axis. "weights" are stored in shards and gathered where
-        they are used; "heads" means every dim whose products are computed in shards.
-      collectives: collectives (`"all-reduce"`, …) that it sends over its axis, including the
-        all-reduces of losses and norms.
-    """
-
-    axis: str
-    name: ClassVar[str]
+    axis: str  # the mesh axis
+    name: ClassVar[str]  # of the kind, without its variant: `"tensor"`
+    # what is divided over the axis. "weights" are stored in shards and gathered where they are
+    # used; "heads" means every dim whose products are computed in shards.
     splits: ClassVar[frozenset[SplitPart]] = frozenset()
+    # collectives (`"all-reduce"`, …) that it sends over its axis, including the all-reduces of
+    # losses and norms
     collectives: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -110,54 +105,42 @@ class AxisKind(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Declarations:
-    """What the strategy declares, as far as it explains the compiled program.
+    """What the strategy declares, as far as it explains the compiled program."""
 
-    Attributes:
-      kinds: the kinds of parallelism, each on its mesh axis. On an axis without a kind every
-        collective becomes a finding. Empty: nothing is declared, and no collective is judged.
-      by_specs: kinds of other axes, derived from specs; they have a minimum, and judge nothing.
-      accumulate: micro-batches per step.
-      reduce_at_end: gradients are reduced once, after the last micro-batch.
-      compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
-      reduce_dtype: short name of the dtype that gradients are reduced in.
-      activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
-        tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
-      layers: number of transformer layers.
-      choices: experts per token (top k); with these two also that of expert parallelism.
-      ring_blocks: blocks of keys and values that a ring sends to a device; None without one.
-      rules: messages about rules that matched nothing or are shadowed.
-      constraints: activations that the model constrains, with the strategy's specs: part
-        "activation", named as written, `constrain('batch', 'length', 'embed')`.
-      activation_axes: mesh axes that the strategy splits activations over.
-      row_axes: mesh axes that split the dims of the batch that count rows.
-      owned: `(mesh axis, bytes)`: the fewest that one device sends over the axis to move matrices
-        that the optimizer multiplies to their owners and back.
-      undivided: the optimizer multiplies matrices that `StepSpec(owners=True)` might divide.
-      governing: the constraints of the traced step, with the lines whose layout they decide.
-      odd: declarations that all others disagree with.
-      split_dims: dims that operations take together or need whole.
-      idle_options: options that change nothing: why, and what to change.
-    """
-
+    # the kinds of parallelism, each on its mesh axis. On an axis without a kind every collective
+    # becomes a finding. Empty: nothing is declared, and no collective is judged.
     kinds: tuple[AxisKind, ...] = ()
+    # kinds of other axes, derived from specs; they have a minimum, and judge nothing
     by_specs: tuple[AxisKind, ...] = ()
-    accumulate: int = 1
-    reduce_at_end: bool = False
+    accumulate: int = 1  # micro-batches per step
+    reduce_at_end: bool = False  # gradients are reduced once, after the last micro-batch
+    # short name (`bf16`) of the dtype that activations and weights are sent in
     compute_dtype: str | None = None
-    reduce_dtype: str | None = None
+    reduce_dtype: str | None = None  # short name of the dtype that gradients are reduced in
+    # bytes of one `[batch, length, embed]` activation on a device, before tensor parallelism splits
+    # it; with `layers` it gives the minimum of tensor parallelism
     activation_bytes: int | None = None
-    layers: int | None = None
+    layers: int | None = None  # number of transformer layers
+    # experts per token (top k); with these two also that of expert parallelism
     choices: int | None = None
+    # blocks of keys and values that a ring sends to a device; None without one
     ring_blocks: int | None = None
-    rules: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()  # messages about rules that matched nothing or are shadowed
+    # activations that the model constrains, with the strategy's specs: part "activation", named as
+    # written, `constrain('batch', 'length', 'embed')`
     constraints: tuple[PlacedLeaf, ...] = ()
-    activation_axes: tuple[str, ...] = ()
-    row_axes: tuple[str, ...] = ()
+    activation_axes: tuple[str, ...] = ()  # mesh axes that the strategy splits activations over
+    row_axes: tuple[str, ...] = ()  # mesh axes that split the dims of the batch that count rows
+    # `(mesh axis, bytes)`: the fewest that one device sends over the axis to move matrices that the
+    # optimizer multiplies to their owners and back
     owned: tuple[tuple[str, float], ...] = ()
+    # the optimizer multiplies matrices that `StepSpec(owners=True)` might divide
     undivided: bool = False
+    # the constraints of the traced step, with the lines whose layout they decide
     governing: tuple[GoverningConstraint, ...] = ()
-    odd: tuple[OddDeclaration, ...] = ()
-    split_dims: tuple[SplitDim, ...] = ()
+    odd: tuple[OddDeclaration, ...] = ()  # declarations that all others disagree with
+    split_dims: tuple[SplitDim, ...] = ()  # dims that operations take together or need whole
+    # options that change nothing: why, and what to change
     idle_options: tuple[tuple[str, str], ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:
@@ -171,44 +154,31 @@ class Declarations:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step and what was declared for it; the input of `Report`.
+    """A compiled step and what was declared for it; the input of `Report`."""
 
-    Attributes:
-      hlo: `compiled.as_text()`, the program of one device, scheduled.
-      mesh: names and sizes of the mesh axes, in the order of the mesh.
-      platform: `"cpu"`, `"tpu"`, `"gpu"`.
-      device_kind: the device's own name (`"TPU v5p"`), which selects the memory capacity.
-      leaves: every argument of the executable, in its order (compile with `keep_unused=True`).
-      memory: what the compiler says about bytes.
-      jaxpr: the closed jaxpr of the step, for FLOPs; None leaves them out.
-      log: what the compiler printed to file descriptor 2 while it compiled.
-      log_complete: the log was captured around a real compile; False after a hit in the
-        persistent cache, which prints no messages.
-      compiles: how often the step was compiled so far.
-      retraced: per recompile, what changed in the batch, the leaf first.
-      declared: what the strategy explains.
-      dcn: mesh axes that cross slices, over the network between hosts, with the number of
-        slices along each.
-      notes: what the step takes otherwise than it was written, as text.
-      ticks: the schedules of its pipelines.
-      seconds: wall time of `trace`, `lower` and `compile`.
-    """
-
-    hlo: str
-    mesh: tuple[tuple[str, int], ...]
-    platform: str
-    device_kind: str = ""
+    hlo: str  # `compiled.as_text()`, the program of one device, scheduled
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes, in the order of the mesh
+    platform: str  # `"cpu"`, `"tpu"`, `"gpu"`
+    device_kind: str = ""  # the device's own name (`"TPU v5p"`), which selects the memory capacity
+    # every argument of the executable, in its order (compile with `keep_unused=True`)
     leaves: tuple[PlacedLeaf, ...] = ()
-    memory: CompiledBytes = CompiledBytes()
+    memory: CompiledBytes = CompiledBytes()  # what the compiler says about bytes
+    # the closed jaxpr of the step, for FLOPs; None leaves them out
     jaxpr: ClosedJaxpr | None = None
-    log: str = ""
+    log: str = ""  # what the compiler printed to file descriptor 2 while it compiled
+    # the log was captured around a real compile; False after a hit in the persistent cache, which
+    # prints no messages
     log_complete: bool = True
-    compiles: int = 1
-    retraced: tuple[str, ...] = ()
+    compiles: int = 1  # how often the step was compiled so far
+    retraced: tuple[str, ...] = ()  # per recompile, what changed in the batch, the leaf first
+    # what the strategy explains
     declared: Declarations = dataclasses.field(default_factory=Declarations)
+    # mesh axes that cross slices, over the network between hosts, with the number of slices along
+    # each
     dcn: tuple[tuple[str, int], ...] = ()
-    notes: tuple[str, ...] = ()
-    ticks: tuple[TickTable, ...] = ()
+    notes: tuple[str, ...] = ()  # what the step takes otherwise than it was written, as text
+    ticks: tuple[TickTable, ...] = ()  # the schedules of its pipelines
+    # wall time of `trace`, `lower` and `compile`
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

@@ -5,32 +5,21 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class LeafLayout:
-    """One array of the step's input and the part of it that a device holds.
+    """One array of the step's input and the part of it that a device holds."""
 
-    Attributes:
-      part: which part of the input it belongs to: `params`, `opt_state`, `model_state`, `batch` or
-        `rest`.
-      path: its path in that part: `decoder/mlp/up/kernel`.
-      shape: global shape.
-      dtype: short name of the element type, `bf16`.
-      names: logical axis name of each dim, None where it has none; None if no dim is named.
-      spec: mesh axes that split each dim, the slowest first; empty for a dim that is whole.
-      shard: shape that one device holds.
-      device_bytes: bytes that one device holds.
-      declared_replicated: the declaration says that every device holds all of it.
-      declared_by: the entry of the rule that decided its spec; "" if unknown.
-    """
-
+    # which part of the input it belongs to: `params`, `opt_state`, `model_state`, `batch` or `rest`
     part: str
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
+    path: str  # its path in that part: `decoder/mlp/up/kernel`
+    shape: tuple[int, ...]  # global shape
+    dtype: str  # short name of the element type, `bf16`
+    # logical axis name of each dim, None where it has none; None if no dim is named
     names: tuple[str | None, ...] | None
+    # mesh axes that split each dim, the slowest first; empty for a dim that is whole
     spec: tuple[tuple[str, ...], ...]
-    shard: tuple[int, ...]
-    device_bytes: int
-    declared_replicated: bool
-    declared_by: str = ""
+    shard: tuple[int, ...]  # shape that one device holds
+    device_bytes: int  # bytes that one device holds
+    declared_replicated: bool  # the declaration says that every device holds all of it
+    declared_by: str = ""  # the entry of the rule that decided its spec; "" if unknown
 
 
 @dataclasses.dataclass(frozen=True)

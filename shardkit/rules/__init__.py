@@ -1,73 +1,41 @@
 """Rules that give every leaf of a pytree its spec, checked all at once."""
 
-from ._axes import AxisRules, UnlistedAxis
-from ._check import Indivisible, check_batch, check_spec
-from ._explain import Explanation, explain_rules, list_named_leaves
-from ._path import PathRules, matches, selects
-from ._resolve import Placement, format_headline, list_ruled, place_leaf, resolve, resolve_all
-from ._rule import (
-    REPLICATED,
-    Chain,
-    Decided,
-    Decision,
-    Entry,
-    Passed,
-    Refused,
-    Rule,
-    first_match,
-    list_rules,
-)
-from ._shape import ShardLargest, shard_largest
-from ._specs import (
-    axes_of,
-    count_shards,
-    format_mesh,
-    format_spec,
-    mesh_sizes,
-    normalize_spec,
-    shard_count,
-    spec_from_axes,
-)
-from ._unused import DeadEntry, find_dead_entries
-
-__all__ = [
-    "REPLICATED",
-    "AxisRules",
-    "Chain",
-    "DeadEntry",
-    "Decided",
-    "Decision",
-    "Entry",
-    "Explanation",
-    "Indivisible",
-    "Passed",
-    "PathRules",
-    "Placement",
-    "Refused",
-    "Rule",
-    "ShardLargest",
-    "UnlistedAxis",
-    "axes_of",
-    "check_batch",
-    "check_spec",
-    "count_shards",
-    "explain_rules",
-    "find_dead_entries",
-    "first_match",
-    "format_headline",
-    "format_mesh",
-    "format_spec",
-    "list_named_leaves",
-    "list_ruled",
-    "list_rules",
-    "matches",
-    "mesh_sizes",
-    "normalize_spec",
-    "place_leaf",
-    "resolve",
-    "resolve_all",
-    "selects",
-    "shard_count",
-    "shard_largest",
-    "spec_from_axes",
-]
+from ._axes import AxisRules as AxisRules
+from ._axes import UnlistedAxis as UnlistedAxis
+from ._check import Indivisible as Indivisible
+from ._check import check_batch as check_batch
+from ._check import check_spec as check_spec
+from ._explain import DeadEntry as DeadEntry
+from ._explain import Explanation as Explanation
+from ._explain import explain_rules as explain_rules
+from ._explain import find_dead_entries as find_dead_entries
+from ._explain import list_named_leaves as list_named_leaves
+from ._path import PathRules as PathRules
+from ._path import matches as matches
+from ._path import selects as selects
+from ._resolve import Placement as Placement
+from ._resolve import format_headline as format_headline
+from ._resolve import list_ruled as list_ruled
+from ._resolve import place_leaf as place_leaf
+from ._resolve import resolve as resolve
+from ._resolve import resolve_all as resolve_all
+from ._rule import REPLICATED as REPLICATED
+from ._rule import Chain as Chain
+from ._rule import Decided as Decided
+from ._rule import Decision as Decision
+from ._rule import Entry as Entry
+from ._rule import Passed as Passed
+from ._rule import Refused as Refused
+from ._rule import Rule as Rule
+from ._rule import first_match as first_match
+from ._rule import list_rules as list_rules
+from ._shape import ShardLargest as ShardLargest
+from ._shape import shard_largest as shard_largest
+from ._specs import axes_of as axes_of
+from ._specs import count_shards as count_shards
+from ._specs import format_mesh as format_mesh
+from ._specs import format_spec as format_spec
+from ._specs import mesh_sizes as mesh_sizes
+from ._specs import normalize_spec as normalize_spec
+from ._specs import shard_count as shard_count
+from ._specs import spec_from_axes as spec_from_axes

@@ -195,9 +195,7 @@ def nearest_multiples(size: int, parts: int) -> list[int]:
 
 
 def check_batch(
-    leaves: Iterable[Leaf],
-    specs: Mapping[str, PartitionSpec],
-    mesh: Mapping[str, int] | HasShape,
+    leaves: Iterable[Leaf], specs: Mapping[str, PartitionSpec], mesh: Mapping[str, int] | HasShape
 ) -> list[Problem]:
     """Lists each failure to split a global batch by the specs of its paths; dim 0 counts its rows.
 

@@ -92,10 +92,7 @@ class PathRules:
     allow_unmatched: bool
 
     def __init__(
-        self,
-        table: Mapping[str, PartitionSpec | Replicated],
-        *,
-        allow_unmatched: bool = False,
+        self, table: Mapping[str, PartitionSpec | Replicated], *, allow_unmatched: bool = False
     ) -> None:
         """Makes the rules of a table.
 

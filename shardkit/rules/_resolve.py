@@ -12,14 +12,7 @@ from .._core.types import Follows
 from ._check import check_spec, share_fixes
 from ._path import matches
 from ._rule import Decided, Entry, Passed, Refused, Rule, list_rules
-from ._specs import (
-    HasShape,
-    axes_of,
-    format_mesh,
-    mesh_sizes,
-    normalize_spec,
-    spec_from_axes,
-)
+from ._specs import HasShape, axes_of, format_mesh, mesh_sizes, normalize_spec, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -14,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError, ConfigError, Problem, format_problems
 from .._core.io._console import show_task
 from .._core.tree import join_path
 from ..checkpoint import Checkpointer, RetentionPolicy
@@ -24,9 +25,49 @@ from ._config import TrainConfig
 from ._facts import agree_on_given, agree_on_state
 from ._metrics_file import MetricsFile
 from ._metrics_rows import log_exception, write_goodput, write_start
-from ._processes import create_shared_folder, leave_together
 from ._resume import FACTS, ResumeDecision, checkpoints_folder
 from ._source import DataSource
+from ._stop import Stopped
+
+
+def create_shared_folder(process_group: ProcessGroup, decision: ResumeDecision) -> Path:
+    """Returns the folder of the run; process 0 creates that of a new one."""
+    path = None
+    if process_group.index == 0:
+        path = str(decision.folder if decision.resumed else create_folder(decision.folder))
+    return Path(process_group.gather("folder", path)[0])
+
+
+@contextlib.contextmanager
+def leave_together(process_group: ProcessGroup) -> Iterator[None]:
+    """Ends a block that all processes leave after the same update, because of a signal."""
+    try:
+        yield
+    except Stopped:
+        process_group.leave()
+        raise
+
+
+def create_folder(folder: Path) -> Path:
+    """Creates a folder that did not exist: `folder`, or `folder-2`, `folder-3`, ….
+
+    `mkdir` is atomic, so two runs that start together never share one. Raises ConfigError if it
+    fails.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        why = f"{error.strerror}."
+        fix = "--set train.out=FOLDER"
+        raise ConfigError.of("The run folder cannot be created.", str(folder), why, fix) from error
+    raise AssertionError("unreachable")
 
 
 @dataclasses.dataclass

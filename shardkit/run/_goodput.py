@@ -15,20 +15,16 @@ _Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Wall time of a run by what it was spent on.
+    """Wall time of a run by what it was spent on."""
 
-    Attributes:
-      wall: seconds from the start of the first process to now; at least the seconds of all causes,
-        if a clock was set back.
-      steps: seconds of updates that count, without waiting for their batches.
-      overhead: seconds by cause: `compile`, `init`, `restore`, `data` (waiting for batches),
-        `check` (self checks), `evaluate`, `baselines` and `sample` (at the end of a run on text),
-        `save` (blocking updates), `lost` (updates that had to be made again), `idle` (between two
-        processes) and `other`.
-    """
-
+    # seconds from the start of the first process to now; at least the seconds of all causes, if a
+    # clock was set back
     wall: float
-    steps: float
+    steps: float  # seconds of updates that count, without waiting for their batches
+    # seconds by cause: `compile`, `init`, `restore`, `data` (waiting for batches), `check` (self
+    # checks), `evaluate`, `baselines` and `sample` (at the end of a run on text), `save` (blocking
+    # updates), `lost` (updates that had to be made again), `idle` (between two processes) and
+    # `other`
     overhead: Mapping[str, float]
 
     @property

@@ -27,17 +27,11 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The rows of one run.
+    """The rows of one run."""
 
-    Attributes:
-      name: unique among the runs that are read together.
-      rows: of its metrics file, in order.
-      broken: numbers of the lines of the file that are not rows.
-    """
-
-    name: str
-    rows: Sequence[dict[str, Any]]
-    broken: Sequence[int] = ()
+    name: str  # unique among the runs that are read together
+    rows: Sequence[dict[str, Any]]  # of its metrics file, in order
+    broken: Sequence[int] = ()  # numbers of the lines of the file that are not rows
 
     def column(self, name: str) -> Curve:
         """Returns a metric of every update; of an update made twice, the later value."""

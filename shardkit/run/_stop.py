@@ -35,11 +35,10 @@ class StopRequest:
     """
 
     def __init__(self, several: bool = False) -> None:
-        """Installs no handler yet.
+        """Installs no handler yet; `several` says whether other processes make the same updates.
 
-        Args:
-          several: whether other processes make the same updates. Then JAX's own service handles
-            SIGTERM in whichever process receives it, and stops all of them after the same update.
+        Then JAX's own service handles SIGTERM in whichever process receives it, and stops all of
+        them after the same update.
         """
         self._several = several
         self.signal: signal.Signals | None = None

@@ -13,21 +13,14 @@ from ._console import is_simulated
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """What one update processes, from which seconds per update give a speed.
+    """What one update processes, from which seconds per update give a speed."""
 
-    Attributes:
-      count: tokens or rows of one batch.
-      unit: `tokens` or `rows`.
-      simulated: whether devices are threads of one CPU, whose speed means nothing.
-      flops: FLOPs of the model per update on all devices: forward and backward pass, without
-        recomputation.
-      peak: FLOP/s of all devices in the compute dtype; None if the hardware table lacks them.
-    """
-
-    count: int
-    unit: str
-    simulated: bool
+    count: int  # tokens or rows of one batch
+    unit: str  # `tokens` or `rows`
+    simulated: bool  # whether devices are threads of one CPU, whose speed means nothing
+    # FLOPs of the model per update on all devices: forward and backward pass, without recomputation
     flops: int = 0
+    # FLOP/s of all devices in the compute dtype; None if the hardware table lacks them
     peak: float | None = None
 
     @classmethod

@@ -28,13 +28,7 @@ from ._folder import open_run_folder
 from ._loop import Loop, state_metric_problems
 from ._resume import FACTS, ResumeDecision, decide_resume
 from ._source import BatchSource, Data, DataSource, Evaluate, as_source
-from .callbacks import (
-    Callback,
-    Describe,
-    check_callbacks,
-    default_callbacks,
-    describe_metrics,
-)
+from .callbacks import Callback, Describe, check_callbacks, default_callbacks, describe_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +165,7 @@ class Trainer:
         began, source, config, process_group = (
             time.time(),
             as_source(
-                self.data,
-                lambda: step.batch_shardings,
-                resumable=self.config.checkpoint_every > 0,
+                self.data, lambda: step.batch_shardings, resumable=self.config.checkpoint_every > 0
             ),
             self.config,
             self.process_group,

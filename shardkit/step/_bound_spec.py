@@ -22,28 +22,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BoundSpec:
-    """A spec and the device mesh that it is compiled for.
+    """A spec and the device mesh that it is compiled for."""
 
-    Attributes:
-      spec: the user's declaration.
-      mesh: the device mesh, all axes of type Auto: those of the mesh it is made of that are
-        Explicit, as `jax.make_mesh` makes them, are taken as Auto.
-      saved: executables that need not be compiled.
-      were_explicit: those axes.
-    """
-
-    spec: "StepSpec"
+    spec: "StepSpec"  # the user's declaration
+    # the device mesh, all axes of type Auto: those of the mesh it is made of that are Explicit, as
+    # `jax.make_mesh` makes them, are taken as Auto
     mesh: Mesh
-    saved: SavedPrograms | ProgramCache | None = None
-    were_explicit: tuple[str, ...] = ()
+    saved: SavedPrograms | ProgramCache | None = None  # executables that need not be compiled
+    were_explicit: tuple[str, ...] = ()  # those axes
 
     def __post_init__(self) -> None:
         """Checks the spec against the mesh, before tracing.
 
-        Raises:
-          StepError: the mesh is not built, has a Manual axis, or lacks the axis of the gradient
-            compression; an override of the strategy does not work with the other options; or a
-            setting of JAX changes what executables take.
+        Raises StepError if the mesh is not built, has a Manual axis, or lacks the axis of the
+        gradient compression; an override of the strategy does not work with the other options; or a
+        setting of JAX changes what executables take.
         """
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))

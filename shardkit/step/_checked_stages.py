@@ -28,17 +28,11 @@ _WHOLE = "the same before or after sk.nn.layer_stack, where all rows are togethe
 @final
 @dataclasses.dataclass(frozen=True)
 class CheckedStages(Override):
-    """Overrides a layer stack by another override, and checks that this may split its rows.
+    """Overrides a layer stack by another override, and checks that this may split its rows."""
 
-    Attributes:
-      axis: of the mesh, that of `inner`.
-      inner: what computes the stack on micro-batches.
-      splits: it in code, for errors: `"strategies.pipeline()"`.
-    """
-
-    axis: str
-    inner: Override
-    splits: str
+    axis: str  # of the mesh, that of `inner`
+    inner: Override  # what computes the stack on micro-batches
+    splits: str  # it in code, for errors: `"strategies.pipeline()"`
 
     def __call__(
         self,

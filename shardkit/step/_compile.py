@@ -21,20 +21,17 @@ from .._core.source import find_user_line
 from .._core.tracing import equations
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
-from ._deadlocks import check_deadlocks
-from ._fourier import check_transforms
+from ._executable_checks import (
+    OnMiscompiled,
+    check_deadlocks,
+    check_miscompiled,
+    check_transforms,
+)
 from ._jax_cache import record_cache_hits, without_jax_cache
-from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._nonfinite import run_checked
 from ._ordered import check_ordered
 from ._program_cache import ProgramCache
-from ._saved_programs import (
-    KeptProgram,
-    SavedPrograms,
-    digest_lines,
-    name_program,
-    save_programs,
-)
+from ._saved_programs import KeptProgram, SavedPrograms, digest_lines, name_program, save_programs
 from ._stderr import copied_stderr
 
 

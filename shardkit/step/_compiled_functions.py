@@ -17,12 +17,7 @@ from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program, save_compiled
-from ._layout import (
-    build_model_init,
-    build_optimizer_init,
-    count_residual_copies,
-    resolve_layout,
-)
+from ._layout import build_model_init, build_optimizer_init, count_residual_copies, resolve_layout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
 from .self_check import LossProgram, Probes
@@ -54,10 +49,8 @@ class CompiledFunctions:
     def train(self) -> CompiledProgram:
         """`(state, batch) → (state, metrics)`, the state donated; its layouts are read back.
 
-        Raises:
-          StepError: the spec does not form a step.
-          ShardingError: a constraint of the model cannot be met, or the executable differs from
-            the declaration.
+        Raises StepError if the spec does not form a step, ShardingError if a constraint of the
+        model cannot be met, or the executable differs from the declaration.
         """
         program = self._compile_on_batch(
             self._functions.train,

@@ -36,21 +36,13 @@ Group = frozenset[Hashable]
 
 @dataclasses.dataclass(frozen=True)
 class SplitClass:
-    """A dim that an operation takes together or needs whole, and that is split over an axis.
+    """A dim that an operation takes together or needs whole, and that is split over an axis."""
 
-    Attributes:
-      source: the operation's line.
-      axis: the mesh axis.
-      root: the dim's class.
-      users: the declarations that split it.
-      kept: classes of other dims of the operation that nothing splits.
-    """
-
-    source: Source
-    axis: str
-    root: int
-    users: Group
-    kept: tuple[int, ...]
+    source: Source  # the operation's line
+    axis: str  # the mesh axis
+    root: int  # the dim's class
+    users: Group  # the declarations that split it
+    kept: tuple[int, ...]  # classes of other dims of the operation that nothing splits
 
 
 _MUCH = 16
@@ -109,11 +101,9 @@ class Disagreements:
     ) -> Iterator[tuple[int, str, int]]:
         """Adds what splits of a dim say of the two that it is reshaped to: keys of 2 heads by 4.
 
-        The columns of the keys, 16 by 4, are 2 heads of 8: each device has half of a head. So
-        the elements of heads are split too, where those of 8 queries are whole.
-
-        Yields:
-          The class of such a dim, the axis, and the dim's size.
+        The columns of the keys, 16 by 4, are 2 heads of 8: each device has half of a head. So the
+        elements of heads are split too, where those of 8 queries are whole. Yields the class of
+        such a dim, the axis, and the dim's size.
         """
         by_class: dict[tuple[int, int], list[tuple[Hashable, Axes]]] = collections.defaultdict(list)
         for who, variable, dims in declared:
@@ -137,15 +127,12 @@ class Disagreements:
     ) -> dict[str, list[Group]]:
         """By mesh axis, the fewest declarations without which there is no conflict over it.
 
-        Args:
-          suspects: by mesh axis, the declarations that can be wrong over it.
-          units: what several declarations are one of, as a rule of several leaves.
-          likely: suspects of which a set with more comes first, constraints before others.
-
-        Returns:
-          The sets that are as small and as likely: those that also leave no conflict with weak ones
-          of their size come before others, then those that alone split anything over the axis, then
-          those after which the most is multiplied in parts over it, and least of that summed.
+        `suspects` are by mesh axis the declarations that can be wrong over it, `units` what several
+        are one of, as a rule of several leaves; sets with more of `likely` suspects come first,
+        constraints before others. Returns the sets that are as small and as likely: those that also
+        leave no conflict with weak ones of their size come before others, then those that alone
+        split anything over the axis, then those after which the most is multiplied in parts over
+        it, and least of that summed.
         """
         least: dict[str, list[Group]] = {}
         for axis, pairs in self._conflicts.items():
@@ -228,9 +215,7 @@ class Disagreements:
         """Products and sums over a dim that a declaration alone splits over some axes.
 
         Where they sum another dim, too, that others split over these, they are sums without it.
-
-        Yields:
-          Their file, line, and the shape of their result.
+        Yields their file, line, and the shape of their result.
         """
         own, of_others = list[core.JaxprEqn](), set[int]()
         for number, eqn in self._classes.contracted:

@@ -41,10 +41,7 @@ _Found = tuple[GoverningConstraint, Any, _Dims, bool]
 
 
 def find_governing_constraints(
-    jaxpr: core.Jaxpr,
-    activations: Activations,
-    placed: Sequence[PlacedLeaf],
-    rows: Collection[str],
+    jaxpr: core.Jaxpr, activations: Activations, placed: Sequence[PlacedLeaf], rows: Collection[str]
 ) -> tuple[list[GoverningConstraint], list[OddDeclaration], list[SplitDim]]:
     """Returns each constraint of a traced step with the lines before it that it governs.
 
@@ -161,10 +158,7 @@ def _odd_constraints(
 
 
 def _odd_leaves(
-    disagreements: Disagreements,
-    suspects: _Suspects,
-    wrong: Mapping[str, Group],
-    jaxpr: core.Jaxpr,
+    disagreements: Disagreements, suspects: _Suspects, wrong: Mapping[str, Group], jaxpr: core.Jaxpr
 ) -> Iterator[OddDeclaration]:
     """The leaves, or all of one shape and layout by one rule, that are wrong over an axis.
 

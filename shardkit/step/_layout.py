@@ -217,11 +217,9 @@ def resolve_layout(
     micro_batches = micro_batches or spec.accumulate.micro_batches
     check_composition(strategy, sizes)
     state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
-    problems: list[Problem] = []
     partition = find_partition(spec, state.params)
-    specs = _resolve_specs(
-        spec, strategy, (state, names), sizes, partition=partition, problems=problems
-    )
+    resolver = _Resolver(spec, strategy, sizes)
+    specs, problems = resolver.resolve((state, names), partition), resolver.problems
     leaves = list_leaves(batch)
     rows = BatchRows.of(leaves, specs.batch, strategy, spec.row_dims)
     by_spec = isinstance(strategy.batch, PartitionSpec)
@@ -283,66 +281,69 @@ class _Specs:
         return {axis for spec in specs for entry in spec for axis in axes_of(entry)}
 
 
-def _resolve_specs(
-    spec: "StepSpec",
-    strategy: Strategy,
-    abstract: AbstractState,
-    sizes: Mapping[str, int],
-    *,
-    partition: Partition,
-    problems: list[Problem],
-) -> _Specs:
-    state, names = abstract
-    params = list_leaves(state.params, names)
-    specs = _resolve_rule(strategy.params, params, sizes, "params", problems, follows=spec.follows)
-    problems[:] = suggest_renames(problems, strategy)
-    trained = [leaf for leaf in params if leaf.path not in partition.frozen]
-    model_state = state.model_state
-    residuals: Specs = {}
-    if strategy.compression:
-        model_state = {k: x for k, x in model_state.items() if k != RESIDUALS}
-        kept = {leaf.path: specs[leaf.path] for leaf in trained if leaf.path in specs}
-        residuals = _residual_specs(strategy.compression.axis, kept)
-    model_leaves = list_leaves(model_state)
-    model_specs = _resolve_rule(strategy.model_state, model_leaves, sizes, "model_state", problems)
-    update = update_specs(strategy.zero, trained, specs, sizes)
-    moments = list_leaves(state.opt_state)
-    # `specs` lacks a parameter that cannot be laid out. Its moments pass as replicated, so that the
-    # error names the parameter once and not once more for mu and nu.
-    follow = FollowParams(
-        tuple((leaf, update.get(leaf.path, PartitionSpec())) for leaf in trained),
-        frozenset(leaf.path for leaf in moments),
-    )
-    rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
-    return _Specs(
-        params=specs,
-        update=update,
-        opt_state=_resolve_rule(rule, moments, sizes, "opt_state", problems),
-        model_state={**model_specs, **residuals},
-        batch=_batch_specs(spec, strategy, list_leaves(spec.batch), sizes, problems),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Resolver:
+    """Resolves the rules of a strategy on a mesh of these sizes, and collects the problems."""
 
+    spec: "StepSpec"
+    strategy: Strategy
+    sizes: Mapping[str, int]
+    problems: list[Problem] = dataclasses.field(default_factory=list)
 
-def _resolve_rule(
-    rule: Rule,
-    of: Sequence[Leaf],
-    sizes: Mapping[str, int],
-    tree: str,
-    problems: list[Problem],
-    *,
-    follows: Sequence[Follows] = (),
-) -> dict[str, PartitionSpec]:
-    specs, failures = resolve_all(
-        rule, of, sizes, what=f"leaves of {tree}", field=tree, follows=follows
-    )
-    problems += _name_tree(tree, of, suggest_options(failures, sizes))
-    return specs
+    def resolve(self, abstract: AbstractState, partition: Partition) -> _Specs:
+        """The spec of every leaf that can be laid out."""
+        (state, names), strategy = abstract, self.strategy
+        params = list_leaves(state.params, names)
+        specs = self._resolve_rule(strategy.params, params, "params", self.spec.follows)
+        self.problems[:] = suggest_renames(self.problems, strategy)
+        trained = [leaf for leaf in params if leaf.path not in partition.frozen]
+        model_state = state.model_state
+        residuals: Specs = {}
+        if strategy.compression:
+            model_state = {k: x for k, x in model_state.items() if k != RESIDUALS}
+            kept = {leaf.path: specs[leaf.path] for leaf in trained if leaf.path in specs}
+            residuals = _residual_specs(strategy.compression.axis, kept)
+        model_leaves = list_leaves(model_state)
+        model_specs = self._resolve_rule(strategy.model_state, model_leaves, "model_state")
+        update = update_specs(strategy.zero, trained, specs, self.sizes)
+        moments = list_leaves(state.opt_state)
+        # `specs` lacks a parameter that cannot be laid out. Its moments pass as replicated, so that
+        # the error names the parameter once and not once more for mu and nu.
+        follow = FollowParams(
+            tuple((leaf, update.get(leaf.path, PartitionSpec())) for leaf in trained),
+            frozenset(leaf.path for leaf in moments),
+        )
+        rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
+        return _Specs(
+            params=specs,
+            update=update,
+            opt_state=self._resolve_rule(rule, moments, "opt_state"),
+            model_state={**model_specs, **residuals},
+            batch=self._resolve_batch(list_leaves(self.spec.batch)),
+        )
 
+    def _resolve_rule(
+        self, rule: Rule, of: Sequence[Leaf], tree: str, follows: Sequence[Follows] = ()
+    ) -> dict[str, PartitionSpec]:
+        what = f"leaves of {tree}"
+        specs, failures = resolve_all(rule, of, self.sizes, what=what, field=tree, follows=follows)
+        self._add(tree, of, suggest_options(failures, self.sizes))
+        return specs
 
-def _name_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list[Problem]:
-    """Prefixes subjects with their tree, since a parameter and a batch leaf can share a path."""
-    full = {str(leaf): str(leaf.within(tree)) for leaf in of}
-    return [dataclasses.replace(p, subject=full.get(p.subject, p.subject)) for p in problems]
+    def _resolve_batch(self, of: Sequence[Leaf]) -> dict[str, PartitionSpec]:
+        rule = self.strategy.batch
+        if not isinstance(rule, PartitionSpec):
+            return self._resolve_rule(rule, of, "batch")
+        specs = arrange_specs(rule, of, self.spec.row_dims)
+        self._add("batch", of, check_batch(of, specs, self.sizes))
+        return specs
+
+    def _add(self, tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> None:
+        """Prefixes subjects with their tree: a parameter and a batch leaf can share a path."""
+        full = {str(leaf): str(leaf.within(tree)) for leaf in of}
+        self.problems.extend(
+            dataclasses.replace(p, subject=full.get(p.subject, p.subject)) for p in problems
+        )
 
 
 def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
@@ -354,20 +355,6 @@ def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
         return PartitionSpec(axis) if is_split else PartitionSpec(axis, *param)
 
     return {join_path(RESIDUALS, path): residual_spec(param) for path, param in specs.items()}
-
-
-def _batch_specs(
-    spec: "StepSpec",
-    strategy: Strategy,
-    of: Sequence[Leaf],
-    sizes: Mapping[str, int],
-    problems: list[Problem],
-) -> dict[str, PartitionSpec]:
-    if not isinstance(strategy.batch, PartitionSpec):
-        return _resolve_rule(strategy.batch, of, sizes, "batch", problems)
-    specs = arrange_specs(strategy.batch, of, spec.row_dims)
-    problems += _name_tree("batch", of, check_batch(of, specs, sizes))
-    return specs
 
 
 def _split_problems(

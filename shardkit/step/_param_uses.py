@@ -31,31 +31,23 @@ _TAKING = frozenset("dynamic_slice reshape slice split squeeze".split())
 
 @dataclasses.dataclass(frozen=True)
 class ParamUse:
-    """One use of a value that is computed from parameters alone.
+    """One use of a value that is computed from parameters alone."""
 
-    Attributes:
-      leaves: paths of these parameters; empty where other values are marked as a weight.
-      path: scopes of the equation, as in the name of a compiled instruction.
-      names: logical axes that `sk.nn.use_param` marks it with; None where it meets other values.
-      marked: it has been marked before.
-      taken: it is a part of a parameter along its first dim, as one layer of a stack.
-      computed: its elements are not those of a parameter, or of such a part, at their places.
-    """
-
+    # paths of these parameters; empty where other values are marked as a weight
     leaves: frozenset[str]
-    path: str
+    path: str  # scopes of the equation, as in the name of a compiled instruction
+    # logical axes that `sk.nn.use_param` marks it with; None where it meets other values
     names: Names | None = None
-    marked: bool = False
-    taken: bool = False
+    marked: bool = False  # it has been marked before
+    taken: bool = False  # it is a part of a parameter along its first dim, as one layer of a stack
+    # its elements are not those of a parameter, or of such a part, at their places
     computed: bool = False
 
 
 def find_param_uses(jaxpr: Any, params: Sequence[str | None]) -> list[ParamUse]:
     """Finds the uses of parameters in a program, that of marked ones also after the mark.
 
-    Args:
-      jaxpr: the program.
-      params: path of the parameter that each of its arguments is; None for other arguments.
+    `params` has the path of the parameter that each argument of the program is, None for others.
     """
     uses: dict[ParamUse, None] = {}
     rule = _Uses(uses)

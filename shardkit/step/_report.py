@@ -15,25 +15,78 @@ from .._core.scope_markers import OWNED, RING_BLOCKS, UNDIVIDED
 from .._core.tracing import SETTINGS, recorded_facts
 from .._core.tree import Leaf, list_leaves, path_ends, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
-from ..parallel import Strategy, infer_kinds
-from ..report import (
-    CompiledBytes,
-    Declarations,
-    PlacedLeaf,
-    Program,
-    TickTable,
-    find_batch_axes,
+from ..parallel import CONVENTIONAL, Strategy, infer_kinds
+from ..report import CompiledBytes, Declarations, PlacedLeaf, Program, TickTable, find_batch_axes
+from ..rules import (
+    AxisRules,
+    DeadEntry,
+    Rule,
+    find_dead_entries,
+    list_ruled,
+    list_rules,
+    place_leaf,
 )
-from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
 from ._governing import find_governing_constraints
 from ._layout import StepLayout
 from ._own_constraints import DROPPED
-from ._unused_rules import find_unused_rules
 
 if TYPE_CHECKING:
     from ._compile import CompiledProgram
+
+
+def find_unused_rules(
+    bound: BoundSpec, layout: StepLayout, constrained: Sequence[Leaf]
+) -> tuple[str, ...]:
+    """Lists the entries of a strategy's rules that decide nothing, as text.
+
+    It omits logical axes that `sk.strategies` list for any model, and a last `**`. Leaves in
+    `constrained` are the model's constraints, with their logical axes.
+    """
+    strategy, state = bound.spec.strategy, layout.state
+    params = list_leaves(state.params, layout.axes)
+    uses: list[tuple[str, object, Sequence[Leaf]]] = [
+        ("params", strategy.params, list_ruled(params, bound.spec.follows)),
+        ("opt_state", strategy.opt_state, list_leaves(state.opt_state)),
+        ("model_state", strategy.model_state, list_leaves(state.model_state)),
+        ("batch", strategy.batch, list_leaves(layout.batch)),
+        ("activations", strategy.activations, [_drop_mapped_dims(leaf) for leaf in constrained]),
+    ]
+    sizes = dict(bound.mesh.shape)
+    return tuple(
+        f"{field}: {entry}"
+        for field, rule, of in uses
+        if isinstance(rule, Rule) and of
+        for entry in find_dead_entries(
+            rule, [place_leaf(rule, leaf, sizes) for leaf in of if leaf.shape]
+        )
+        if not _is_expected(entry, rule)
+    )
+
+
+def _drop_mapped_dims(leaf: Leaf) -> Leaf:
+    """A constraint without the names of dims that a `jax.vmap` added."""
+    names = tuple(None if n and n.startswith("(") else n for n in leaf.axes or ())
+    return dataclasses.replace(leaf, axes=names)
+
+
+def _is_expected(unused: DeadEntry, rule: Rule) -> bool:
+    """Whether an unused entry needs no report."""
+    name = unused.entry.key
+    if name == "**":
+        return True
+    if name not in CONVENTIONAL:
+        return False
+    return not unused.matched or name not in set(_mapped_axes(rule))
+
+
+def _mapped_axes(rule: Rule) -> Iterator[str]:
+    """Logical axes that tables in a rule map to a mesh axis."""
+    for part in list_rules(rule):
+        if isinstance(part, AxisRules):
+            yield from (name for name, axes in part.table if axes)
+
 
 # From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
 _SMALL = 2**20
@@ -44,13 +97,9 @@ _EXPLICIT = ("REPLICATED", "PathRules")
 def build_program(
     bound: BoundSpec, layout: StepLayout, compiled: "CompiledProgram", retraced: Sequence[str]
 ) -> Program:
-    """Collects what `Report.of` reads from an executable and its spec.
+    """Collects what `Report.of` reads from an executable, its spec and the layout of its state.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: of its state and batch.
-      compiled: the executable.
-      retraced: how each other compiled batch variant differs, as text.
+    `retraced` says how each other compiled batch variant differs, as text.
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]

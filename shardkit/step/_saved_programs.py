@@ -171,9 +171,7 @@ _UNSAVED, _UNLOADED = "The step cannot be saved.", "The saved step cannot be loa
 
 
 def save_programs(
-    path: str | os.PathLike[str],
-    programs: Mapping[str, KeptProgram],
-    mesh: Mesh,
+    path: str | os.PathLike[str], programs: Mapping[str, KeptProgram], mesh: Mesh
 ) -> None:
     """Writes executables by name into one file, whole or not at all.
 

@@ -19,7 +19,7 @@ from .._core.types import Accumulate, Batch, Follows, Key, Loss, PyTree, Trainab
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep
-from ._miscompiled import OnMiscompiled
+from ._executable_checks import OnMiscompiled
 from ._nonfinite import OnNonfinite
 from ._program_cache import ProgramCache
 from ._spec_problems import (

@@ -11,7 +11,7 @@ from .._core.options import option_problems
 from .._core.precision import Precision
 from ..parallel import Strategy
 from ._batch_rows import row_dim_problems
-from ._miscompiled import OnMiscompiled
+from ._executable_checks import OnMiscompiled
 from ._nonfinite import ON_NONFINITE
 from ._trainable import is_trainable
 from ._user_functions import function_problems

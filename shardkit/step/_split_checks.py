@@ -26,18 +26,9 @@ def check_split_rows(
 ) -> TracedLoss | None:
     """Refuses a loss that depends on rows together, where the step splits them.
 
-    Args:
-      bound: the spec and its mesh.
-      layout: how its batch is split.
-      loss: of the global batch.
-      args: its abstract arguments.
-      gradients: the step computes gradients too, not only the loss.
-
-    Returns:
-      The loss traced on whole arrays; None if no rows are split.
-
-    Raises:
-      StepError: with the operation that mixes rows and the line of the user's code.
+    `loss` is of the global batch, `args` are its abstract arguments; without `gradients` the step
+    computes the loss alone. Returns the loss traced on whole arrays, None if no rows are split.
+    Raises StepError with the operation that mixes rows and the line of the user's code.
     """
     splits = next(_row_splits(bound, layout, gradients), "")
     in_stages = [f"strategies.{kind.name}()" for kind in bound.staged_kinds]
@@ -77,11 +68,7 @@ def add_up_parts(loss: Objective, traced: TracedLoss | None, layout: StepLayout)
     """Weighs what parts of the rows give so that sums over rows are added up, not averaged.
 
     Of 32 rows, `jnp.sum(e) / 32` is the sum of what 4 parts of 8 rows give: a weight of 1/4 each.
-
-    Args:
-      loss: on any rows.
-      traced: from `check_split_rows`.
-      layout: how many rows there are in all, and where the batch has them.
+    `loss` is on any rows, `traced` from `check_split_rows`.
     """
     growth = {} if traced is None else traced.growth
     if not any(growth.values()):
@@ -104,10 +91,8 @@ def add_up_parts(loss: Objective, traced: TracedLoss | None, layout: StepLayout)
 def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
     """Checks that a loss returns the model state that it is given, as tables and buffers are.
 
-    Where gradients are kept apart, each part of the batch would have a state of its own.
-
-    Raises:
-      StepError: the loss changes its state.
+    Where gradients are kept apart, each part of the batch would have a state of its own. Raises
+    StepError if the loss changes its state.
     """
     if not jax.tree.leaves(args[1]):
         return
@@ -166,17 +151,10 @@ def check_partial_rows(
 ) -> dict[str, int]:
     """Checks that a batch with fewer rows can be evaluated by repeating them; see `_partial_batch`.
 
-    Args:
-      layout: which dims of the batch count rows.
-      loss: as it is evaluated, on whole arrays.
-      args: its abstract arguments.
-      proved: the user declares that it is a mean of independent rows.
-
-    Returns:
-      The power of the rows with which the loss and each metric grow.
-
-    Raises:
-      StepError: it draws random numbers, or depends on rows together.
+    `loss` is as it is evaluated, on whole arrays, `args` are its abstract arguments; `proved` says
+    that the user declares it a mean of independent rows. Returns the power of the rows with which
+    the loss and each metric grow. Raises StepError if it draws random numbers, or depends on rows
+    together.
     """
     draws = list_draws(jax.make_jaxpr(loss)(*args).jaxpr)
     if any(draw.kind in ("bits", "gamma") for draw in draws):

@@ -18,21 +18,13 @@ from ._disagreements import Axes, Disagreements, SplitClass
 
 
 class DeclaredLayout(NamedTuple):
-    """What a constraint, or the rule of leaves, says of an array.
+    """What a constraint, or the rule of leaves, says of an array."""
 
-    Attributes:
-      text: what it is.
-      variable: the array.
-      dims: mesh axes per dim; None of a dim left open.
-      leaves: those of the rule; () of a constraint.
-      source: the line of a constraint.
-    """
-
-    text: str
-    variable: Any
-    dims: Sequence[Axes | None]
-    leaves: tuple[PlacedLeaf, ...] = ()
-    source: Source | None = None
+    text: str  # what it is
+    variable: Any  # the array
+    dims: Sequence[Axes | None]  # mesh axes per dim; None of a dim left open
+    leaves: tuple[PlacedLeaf, ...] = ()  # those of the rule; () of a constraint
+    source: Source | None = None  # the line of a constraint
 
     def change(self, at: Source, axis: str, layout: tuple[Axes | None, ...]) -> OddDeclaration:
         """What it would say instead."""

@@ -34,23 +34,25 @@ class StepTimes:
         return {"step_seconds": spread, "warm_up_seconds": statistics.median(self.warm_up)}
 
 
-def time_interleaved(
+def time_rows(
+    rows: Mapping[str, SweepRow],
     steps: Mapping[str, CompiledStep],
-    batches: Mapping[str, Batch],
+    batches: Sequence[Batch] | None,
     repeats: int,
     steps_per_repeat: int,
-) -> dict[str, StepTimes]:
-    """Times steps in the order A B C A B C …, with one state alive at a time.
+) -> list[SweepRow]:
+    """Times steps on the first batch; returns their rows with the times or the error.
 
-    One repeat makes `steps_per_repeat` timed updates after one that warms up; with `repeats` at
-    least 2 in all.
+    They run in the order A B C A B C …, with one state alive at a time. One repeat makes
+    `steps_per_repeat` timed updates after one that warms up; with `repeats` at least 2 in all.
     """
     times = {name: StepTimes() for name in steps}
+    first = {name: (batches or make_random_batches(step))[0] for name, step in steps.items()}
     for _ in range(repeats):
         for name, step in steps.items():
             if times[name].error is None:
-                _time_once(step, batches[name], steps_per_repeat, times[name])
-    return times
+                _time_once(step, first[name], steps_per_repeat, times[name])
+    return [_add_times(rows[name], steps[name], times[name]) for name in times]
 
 
 def _time_once(step: CompiledStep, batch: Batch, steps_per_repeat: int, times: StepTimes) -> None:
@@ -65,19 +67,6 @@ def _time_once(step: CompiledStep, batch: Batch, steps_per_repeat: int, times: S
             (times.seconds if update else times.warm_up).append(seconds)
     except Exception as error:
         times.error = error
-
-
-def time_rows(
-    rows: Mapping[str, SweepRow],
-    steps: Mapping[str, CompiledStep],
-    batches: Sequence[Batch] | None,
-    repeats: int,
-    steps_per_repeat: int,
-) -> list[SweepRow]:
-    """Times compiled steps on the first batch; returns their rows with the times or the error."""
-    first = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
-    times = time_interleaved(steps, first, repeats, steps_per_repeat)
-    return [_add_times(rows[key], steps[key], times[key]) for key in times]
 
 
 def _add_times(row: SweepRow, step: CompiledStep, times: StepTimes) -> SweepRow:

@@ -20,17 +20,13 @@ _RETURNS = "return sk.StepSpec(loss_fn=..., ..., strategy=...), sk.MeshSpec(data
 
 @dataclasses.dataclass(frozen=True)
 class StepSource:
-    """A config file, or a function of your code, that declares a step.
+    """A config file, or a function of your code, that declares a step."""
 
-    Attributes:
-      name: a path to a config file, `""` for the default config, or `module:function`, where the
-        function returns `(sk.StepSpec, sk.MeshSpec)`, or a spec alone for `shardkit plan`.
-      overrides: `path.to.field=value`, for config files.
-      arguments: keyword arguments of the function, plain JSON values.
-    """
-
+    # a path to a config file, `""` for the default config, or `module:function`, where the function
+    # returns `(sk.StepSpec, sk.MeshSpec)`, or a spec alone for `shardkit plan`
     name: str = ""
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # `path.to.field=value`, for config files
+    # keyword arguments of the function, plain JSON values
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

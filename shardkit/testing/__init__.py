@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from ._asserts import assert_collectives as assert_collectives
     from ._asserts import assert_matches_one_device as assert_matches_one_device
     from ._asserts import assert_within as assert_within
-    from ._context_mutations import CONTEXT_MUTATIONS as CONTEXT_MUTATIONS
-    from ._expert_mutations import EXPERT_MUTATIONS as EXPERT_MUTATIONS
     from ._kill_matrix import KillMatrix as KillMatrix
     from ._kill_matrix import MutationResult as MutationResult
     from ._kill_matrix import kill_matrix as kill_matrix
-    from ._pipeline_mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
+    from ._parallel_mutations import CONTEXT_MUTATIONS as CONTEXT_MUTATIONS
+    from ._parallel_mutations import EXPERT_MUTATIONS as EXPERT_MUTATIONS
+    from ._parallel_mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
     from ._rare_mutations import RARE_MUTATIONS as RARE_MUTATIONS
     from ._shard_mutations import SHARD_MUTATIONS as SHARD_MUTATIONS
     from ._simulated_process import simulated_devices as simulated_devices
@@ -27,10 +27,8 @@ else:
         {
             "mutations": None,
             "assert_collectives assert_matches_one_device assert_within": "._asserts",
-            "CONTEXT_MUTATIONS": "._context_mutations",
-            "EXPERT_MUTATIONS": "._expert_mutations",
             "KillMatrix MutationResult kill_matrix": "._kill_matrix",
-            "PIPELINE_MUTATIONS": "._pipeline_mutations",
+            "CONTEXT_MUTATIONS EXPERT_MUTATIONS PIPELINE_MUTATIONS": "._parallel_mutations",
             "RARE_MUTATIONS": "._rare_mutations",
             "SHARD_MUTATIONS": "._shard_mutations",
             "simulated_devices": "._simulated_process",

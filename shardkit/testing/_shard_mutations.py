@@ -9,106 +9,82 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .mutations import Mutation
+from .mutations import Mutation, mutation
+
+_STEP = "shardkit.step."
+_SHARDS = _STEP + "shard_map._gradients."
 
 
-def _drop_sum(reduce_gradients: Any) -> Any:
-    """Every device gets the gradients of the first, as if the sum were missing."""
+@mutation("sum of shards dropped", _SHARDS + "reduce_gradients", "gradients", "grad_norm")
+def _sum_dropped(reduce_gradients: Any, grads: Any, parameters: Any, _: Any) -> Any:
+    """The gradients of the first device are used as the sum."""
 
     def alone(x: jax.Array, axes: Any, numbers: Any) -> jax.Array:
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x, 0), axes)
 
-    return lambda grads, parameters, _: reduce_gradients(grads, parameters, alone)
+    return reduce_gradients(grads, parameters, alone)
 
 
-def _sum_twice(reduce_gradients: Any) -> Any:
+@mutation("sum of shards doubled", _SHARDS + "reduce_gradients", "gradients", "grad_norm")
+def _sum_doubled(reduce_gradients: Any, grads: Any, parameters: Any, _: Any) -> Any:
+    """Gradients are summed twice over every axis."""
+
     def twice(x: jax.Array, axes: Any, numbers: Any) -> jax.Array:
         once = jax.lax.psum(x, axes)
         return jax.lax.psum(jax.lax.pcast(once, axes, to="varying"), axes)
 
-    return lambda grads, parameters, _: reduce_gradients(grads, parameters, twice)
+    return reduce_gradients(grads, parameters, twice)
 
 
-def _skip_vma_check(mapped: Any) -> Any:
-    """With `check_vma=False` the gradient of a psum is another psum: sums are doubled."""
-
-    def unchecked(*args: Any) -> Any:
-        with mock.patch("jax.shard_map", functools.partial(jax.shard_map, check_vma=False)):
-            return mapped(*args)
-
-    return unchecked
+@mutation("types of shards not checked", _SHARDS + "map_shards", "gradients", "grad_norm")
+def _types_not_checked(mapped: Any, *args: Any) -> Any:
+    """Sums within layers are summed again in the backward pass."""
+    # With `check_vma=False` the gradient of a psum is another psum.
+    with mock.patch("jax.shard_map", functools.partial(jax.shard_map, check_vma=False)):
+        return mapped(*args)
 
 
-def _use_first_part_key(part_keys: Any) -> Any:
-    return lambda words, draws, *place: part_keys(words, draws, 0, 0, 0)
+@mutation("one mask on all shards", _SHARDS + "part_keys", "gradients", "loss")
+def _one_mask(part_keys: Any, words: Any, draws: Any, *place: Any) -> Any:
+    """Every device draws the noise of the first."""
+    return part_keys(words, draws, 0, 0, 0)
 
 
-def _skip_division(per_weight: Any) -> Any:
-    return lambda totals, weight: per_weight(totals, jnp.ones_like(weight))
+@mutation("weight of shards missing", _SHARDS + "divide_by_weight", "gradients", "grad_norm")
+def _weight_missing(per_weight: Any, totals: Any, weight: Any) -> Any:
+    """Gradients of the weighted sum are used as those of the mean."""
+    return per_weight(totals, jnp.ones_like(weight))
 
 
-def _clip_shards(train: Any) -> Any:
-    """Runs the update in a `shard_map`, whose norms are those of one shard."""
+@mutation(
+    "clipped by the norm of a shard", _STEP + "_step_functions.StepFunctions.train", "sgd update"
+)
+def _clipped_by_shard(train: Any, functions: Any) -> Any:
+    """Each device clips by the norm of its shards."""
+    specs = jax.tree.map(lambda s: s.spec, functions.layout.shardings)
+    chain = functions.bound.spec.optimizer
+    update = jax.shard_map(
+        chain.update,
+        mesh=functions.bound.mesh,
+        in_specs=(specs.params, specs.opt_state, specs.params),
+        out_specs=(specs.params, specs.opt_state),
+        check_vma=False,
+    )
 
-    def wrong(functions: Any) -> Any:
-        specs = jax.tree.map(lambda s: s.spec, functions.layout.shardings)
-        chain = functions.bound.spec.optimizer
-        update = jax.shard_map(
-            chain.update,
-            mesh=functions.bound.mesh,
-            in_specs=(specs.params, specs.opt_state, specs.params),
-            out_specs=(specs.params, specs.opt_state),
-            check_vma=False,
-        )
+    def on_shards(updates: Any, state: Any, params: Any = None) -> Any:
+        return update(updates, state, params)
 
-        def on_shards(updates: Any, state: Any, params: Any = None) -> Any:
-            return update(updates, state, params)
+    optimizer = optax.GradientTransformation(chain.init, on_shards)
+    spec = functions.bound.spec.replace(optimizer=optimizer)
+    bound = dataclasses.replace(functions.bound, spec=spec)
+    return train(dataclasses.replace(functions, bound=bound))
 
-        optimizer = optax.GradientTransformation(chain.init, on_shards)
-        spec = functions.bound.spec.replace(optimizer=optimizer)
-        bound = dataclasses.replace(functions.bound, spec=spec)
-        return train(dataclasses.replace(functions, bound=bound))
-
-    return wrong
-
-
-_STEP = "shardkit.step."
 
 SHARD_MUTATIONS: tuple[Mutation, ...] = (
-    Mutation(
-        "sum of shards dropped",
-        "the gradients of the first device are used as the sum",
-        ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.reduce_gradients", _drop_sum),),
-    ),
-    Mutation(
-        "sum of shards doubled",
-        "gradients are summed twice over every axis",
-        ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.reduce_gradients", _sum_twice),),
-    ),
-    Mutation(
-        "types of shards not checked",
-        "sums within layers are summed again in the backward pass",
-        ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.map_shards", _skip_vma_check),),
-    ),
-    Mutation(
-        "one mask on all shards",
-        "every device draws the noise of the first",
-        ("gradients", "loss"),
-        ((_STEP + "shard_map._gradients.part_keys", _use_first_part_key),),
-    ),
-    Mutation(
-        "weight of shards missing",
-        "gradients of the weighted sum are used as those of the mean",
-        ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.divide_by_weight", _skip_division),),
-    ),
-    Mutation(
-        "clipped by the norm of a shard",
-        "each device clips by the norm of its shards",
-        ("sgd update",),
-        ((_STEP + "_step_functions.StepFunctions.train", _clip_shards),),
-    ),
+    _sum_dropped,
+    _sum_doubled,
+    _types_not_checked,
+    _one_mask,
+    _weight_missing,
+    _clipped_by_shard,
 )

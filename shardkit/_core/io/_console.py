@@ -20,11 +20,9 @@ def make_console(
 ) -> "Console":
     """Returns a console that prints text literally, not as markup, emoji or control characters.
 
-    Args:
-      file: receives plain text, without colors; None for standard output or standard error.
-      width: columns; None for those of the terminal.
-      stderr: whether None means standard error.
-      soft_wrap: whether the terminal, and not the console, breaks lines.
+    `file` receives plain text, without colors; None for standard output, with `stderr` for standard
+    error. `width` counts columns, None for those of the terminal. With `soft_wrap` the terminal,
+    and not the console, breaks lines.
 
     >>> make_console(width=40).print("attn[local] [/nope] :fire:")
     attn[local] [/nope] :fire:

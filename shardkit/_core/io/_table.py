@@ -40,36 +40,25 @@ def narrow_texts(columns: int) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-      name: header; may have several lines.
-      right: whether its cells are numbers: right-aligned and not folded.
-      most: width to which it is folded before other columns are folded; None for no such width.
-    """
-
-    name: str
-    right: bool = False
+    name: str  # header; may have several lines
+    right: bool = False  # whether its cells are numbers: right-aligned and not folded
+    # width to which it is folded before other columns are folded; None for no such width
     most: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells under named columns.
+    """Rows of cells under named columns."""
 
-    Attributes:
-      columns: the columns; a text is a left-aligned column of that name.
-      rows: the cells of each row, at most one per column; a `str` in place of a row is a line
-        across all columns.
-      indent: spaces before each row, but not before a `str`.
-      gap: spaces between two columns.
-      styles: index of a row → `rich` style in which a terminal shows it.
-    """
-
-    columns: Sequence[Column | str]
+    columns: Sequence[Column | str]  # the columns; a text is a left-aligned column of that name
+    # the cells of each row, at most one per column; a `str` in place of a row is a line across all
+    # columns
     rows: Sequence[Sequence[str] | str]
-    indent: int = 0
-    gap: int = 2
+    indent: int = 0  # spaces before each row, but not before a `str`
+    gap: int = 2  # spaces between two columns
+    # index of a row → `rich` style in which a terminal shows it
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def to_text(self, width: int | None = None) -> str:
@@ -201,14 +190,10 @@ def _count_columns(text: str) -> int:
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings by path, in order.
+    """Returns the values of nested mappings by path, in order; a list too is a value.
 
-    An empty mapping is itself a value, so that a group without entries is not lost.
-
-    Args:
-      tree: nested mappings; anything else, such as a list, is a value.
-      separator: between the names of a path.
-      prefix: before every path.
+    An empty mapping is itself a value, so that a group without entries is not lost. `separator` is
+    between the names of a path, `prefix` before every path.
 
     >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
     {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}

@@ -9,6 +9,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from ..._core.errors import Problem, ShardingError, raise_all
 from ..._core.scope_markers import RING_BLOCKS
@@ -18,15 +19,41 @@ from ...nn._blockwise import BlockOptions
 from ...nn._overridable import Override, StepContext, manual_axes
 from ...rules import axes_of, format_mesh
 from ._attention_layout import AttentionLayout, Hidden
-from ._blockwise import Cotangents
+from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries, attend, attend_backward
 from ._pairwise import PairwiseExchange
 from ._ring import RingAttention
-from ._ulysses import UlyssesAttention
 
-LAYOUTS: dict[str, type[AttentionLayout]] = {
-    "ring": RingAttention,
-    "all_to_all": UlyssesAttention,
-}
+
+@final
+class UlyssesAttention(AttentionLayout):
+    """Exchanges length for heads, attends to whole rows, and exchanges back (arXiv:2309.14509)."""
+
+    def compute_spec(self, ndim: int) -> PartitionSpec:
+        """Lengths are whole; heads are split over the axis as well."""
+        return PartitionSpec(*(self.row_axes or None, None, (*self.head_axes, self.axis))[:ndim])
+
+    def move_to_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
+        """Sends every other device its heads; segments, which have no heads, are gathered."""
+        if x.ndim == 2:
+            return jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
+        return jax.lax.all_to_all(x, self.axis, 2, 1, tiled=True)
+
+    def move_from_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
+        """Sends every other device its part of the length."""
+        return jax.lax.all_to_all(x, self.axis, 1, 2, tiled=True)
+
+    def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
+        """Whole rows of some heads: nothing is left to exchange."""
+        return attend(queries, keys, options)
+
+    def attend_shard_backward(
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
+    ) -> Gradients:
+        """The same for the gradients."""
+        return attend_backward(queries, keys, cotangents, options)
+
+
+LAYOUTS: dict[str, type[AttentionLayout]] = {"ring": RingAttention, "all_to_all": UlyssesAttention}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -88,14 +115,9 @@ class ContextAttention(Override):
     kv_heads: str = "split"  # `"split"` or `"replicate"`, see `context`
 
     def __call__(
-        self, around: StepContext, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        """Returns what `plain`, one device's `sk.nn.attention`, would."""
-        return self._attend(around, *args, **kwargs)
-
-    def _attend(
         self,
         around: StepContext,
+        plain: Callable[..., jax.Array],
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -105,7 +127,7 @@ class ContextAttention(Override):
         window: int | jax.Array | None = None,
         softcap: float | None = None,
     ) -> jax.Array:
-        """Attends block by block, whatever `implementation` says."""
+        """Returns what `plain` would, block by block, whatever `implementation` says."""
         sizes, head_axes = around.mesh.shape, _split_axes(around, "heads")
         shards = math.prod(sizes[axis] for axis in head_axes)
         if self.attention == "all_to_all":

@@ -28,17 +28,11 @@ SpecOfRank = Callable[[int], PartitionSpec]
 
 
 class Hidden(NamedTuple):
-    """What hides keys from queries beside the causal mask; each is i32[B, T], or None for nothing.
+    """What hides keys from queries beside the causal mask; i32[B, T] each, None for nothing."""
 
-    Attributes:
-      ids: segments; a query sees only keys of its own.
-      positions: of the keys; None without `first`.
-      first: of each query, the first position that its window shows.
-    """
-
-    ids: jax.Array | None = None
-    positions: jax.Array | None = None
-    first: jax.Array | None = None
+    ids: jax.Array | None = None  # segments; a query sees only keys of its own
+    positions: jax.Array | None = None  # of the keys; None without `first`
+    first: jax.Array | None = None  # of each query, the first position that its window shows
 
 
 @dataclasses.dataclass(frozen=True)

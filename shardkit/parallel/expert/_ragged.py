@@ -47,11 +47,8 @@ class RaggedExchange:
     def of(cls, counts_GDX: jax.Array) -> "RaggedExchange":
         """The exchange of rows that each device holds in order of their experts.
 
-        A receiver holds the rows of the first device first.
-
-        Args:
-          counts_GDX: i32[G, D, X], rows of each device for each expert; each device has X / D
-            experts.
+        A receiver holds the rows of the first device first. `counts_GDX` is i32[G, D, X], rows of
+        each device for each expert; each device has X / D experts.
 
         >>> exchange = RaggedExchange.of(jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]]))
         >>> exchange.sizes.tolist()

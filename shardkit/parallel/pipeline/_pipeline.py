@@ -223,10 +223,8 @@ class PipelinedLayers(Override):
         key: Key | None,
     ) -> Any:
         """Returns what `sk.nn.layer_stack` does; gradients are computed together with the loss."""
-        problems = self._problems(around, layers, batch, key)
-        raise_all(
-            StepError, "The pipeline does not fit the mesh, the batch or the model.", problems
-        )
+        headline = "The pipeline does not fit the mesh, the batch or the model."
+        raise_all(StepError, headline, self._problems(around, layers, batch, key))
         sizes, _ = self._sizes(around, layers)
         layout = StageLayout(self.axis, around.mesh.shape[self.axis], sizes)
         call = LayerStackCall(
@@ -241,12 +239,12 @@ class PipelinedLayers(Override):
         # the trace that made these arrays has ended.
         @jax.custom_vjp
         def run(*args: Any) -> Any:
-            return program.evaluate(self._schedule(layout, forward_only), *args)
+            return program.evaluate(self._build(layout.stages, forward_only), *args)
 
         def forward(*args: Any) -> tuple[Any, Any]:
             trained = jax.tree.map(lambda x: x.perturbed, args[:2])
             values = jax.tree.map(lambda x: x.value, args)
-            return program.train(self._schedule(layout, tick_table), trained, *values)
+            return program.train(self._build(layout.stages, tick_table), trained, *values)
 
         def backward(grads: Any, cotangent: Any) -> Any:
             scale = program.scale(cotangent)
@@ -263,11 +261,6 @@ class PipelinedLayers(Override):
         if stages < 2:
             return None
         return self.schedule, self._build(stages, tick_table).labels
-
-    def _schedule(
-        self, layout: StageLayout, build: Callable[..., PipelineSchedule]
-    ) -> PipelineSchedule:
-        return self._build(layout.stages, build)
 
     def _build(self, stages: int, build: Callable[..., PipelineSchedule]) -> PipelineSchedule:
         return build(

@@ -48,13 +48,6 @@ PassCounts = dict[PassType, int]
 class PipelineSchedule:
     """A tick table.
 
-    Attributes:
-      name: one of `SCHEDULES`.
-      stages: p.
-      micro_batches: m.
-      virtual_stages: v.
-      ticks: for each tick, what each stage does; None is idle.
-
     >>> table = schedule("1f1b", stages=2, micro_batches=3)
     >>> print(table)
     stage 0  F0 .. F1 B0 F2 B1 .. B2
@@ -63,11 +56,11 @@ class PipelineSchedule:
     (Fraction(1, 4), (2, 1))
     """
 
-    name: str
-    stages: int
-    micro_batches: int
-    virtual_stages: int
-    ticks: tuple[TickRow, ...]
+    name: str  # one of `SCHEDULES`
+    stages: int  # p
+    micro_batches: int  # m
+    virtual_stages: int  # v
+    ticks: tuple[TickRow, ...]  # for each tick, what each stage does; None is idle
 
     @property
     def times(self) -> Times:

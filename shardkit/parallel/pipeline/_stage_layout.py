@@ -22,17 +22,11 @@ _Move = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class StageLayout:
-    """The parts that the layers are cut into, part `c · stages + s` for virtual stage c of stage s.
+    """The parts that layers are cut into, part `c · stages + s` for virtual stage c of stage s."""
 
-    Attributes:
-      axis: the mesh axis of the stages.
-      stages: its size.
-      sizes: layers of each part, in the order of the model.
-    """
-
-    axis: str
-    stages: int
-    sizes: tuple[int, ...]
+    axis: str  # the mesh axis of the stages
+    stages: int  # its size
+    sizes: tuple[int, ...]  # layers of each part, in the order of the model
 
     @property
     def layers(self) -> int:
@@ -68,14 +62,10 @@ class StageLayout:
         return table.reshape(-1, self.stages, self.depth).swapaxes(0, 1)
 
     def gather_stage_layers(self, stored: PyTree, stage: jax.Array) -> PyTree:
-        """Collects the layers of a stage, inside a `shard_map` over the axis.
+        """Collects the layers of a stage, i32[] its number, inside a `shard_map` over the axis.
 
-        Args:
-          stored: pytree of `[stored layers, …]`.
-          stage: i32[], number of the stage.
-
-        Returns:
-          The same with `[chunks, depth, …]`; padding is 0.
+        `stored` is a pytree of `[stored layers, …]`; returns the same with `[chunks, depth, …]`, in
+        which padding is 0.
         """
         return jax.tree.map(lambda x: self._gather(x, stage), stored)
 

@@ -25,10 +25,7 @@ def is_computed(name: str, here: Computation) -> bool:
 
 
 def nearest(
-    names: Iterable[str],
-    onward: Onward,
-    tell: Callable[[Instruction], T | None],
-    here: Computation,
+    names: Iterable[str], onward: Onward, tell: Callable[[Instruction], T | None], here: Computation
 ) -> list[T]:
     """What the nearest instructions to `names` tell that tell anything, in breadth-first order.
 

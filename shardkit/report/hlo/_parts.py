@@ -27,18 +27,14 @@ _LAYOUT = re.compile(r"\]\{([\d,]*)")
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What each device holds of one array.
+    """What each device holds of one array."""
 
-    Attributes:
-      dims: where each dim starts on each device; None where that is unknown.
-      values: the array itself, i64[devices, *shape], of an integer table or index; else None.
-      inserted: `dims`, if reshapes have only put dims of one element between others, of which
-        nothing is said here; else None. `[4] → [1, 4]` may do that or split a dim of 32 into 8 x 4;
-        after `[4] → [1, 4] → [4]` both are the same.
-    """
-
-    dims: Dims
+    dims: Dims  # where each dim starts on each device; None where that is unknown
+    # the array itself, i64[devices, *shape], of an integer table or index; else None
     values: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    # `dims`, if reshapes have only put dims of one element between others, of which nothing is said
+    # here; else None. `[4] → [1, 4]` may do that or split a dim of 32 into 8 x 4; both are the same
+    # after `[4] → [1, 4] → [4]`.
     inserted: Dims | None = None
 
     @classmethod

@@ -14,12 +14,7 @@ from ..._core.scope_markers import BRANCH_COUNTS, MATRIX_OWNERS, RECOMPUTED
 PHASES = ("forward", "backward", "recompute", "update", "other")
 
 # The scopes that a step wraps its parts in name the phase and are not part of the model's scope.
-_STEP_SCOPES = {
-    "loss": "forward",
-    "reduce": "backward",
-    "grad_norm": "update",
-    "update": "update",
-}
+_STEP_SCOPES = {"loss": "forward", "reduce": "backward", "grad_norm": "update", "update": "update"}
 _PLUMBING = frozenset(
     """while body cond scan closed_call checkpoint remat remat2 eval_jaxpr
     shard_map pjit core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr branch

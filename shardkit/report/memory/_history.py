@@ -21,43 +21,27 @@ _COLUMNS, _LARGEST = 160, 3
 
 @dataclasses.dataclass(frozen=True)
 class HeldBuffer:
-    """A buffer that is one of the largest at some moment.
+    """A buffer that is one of the largest at some moment."""
 
-    Attributes:
-      start: moment that makes it.
-      end: last moment that reads it.
-      bytes: bytes in the device's memory.
-      kind: class, as in `Peak`.
-      shape: type of the array on one device.
-      name: name of the HLO instruction.
-      where: line of the user's code that makes it; "" if unknown.
-    """
-
-    start: int
-    end: int
-    bytes: int
-    kind: str
-    shape: str
-    name: str
-    where: str
+    start: int  # moment that makes it
+    end: int  # last moment that reads it
+    bytes: int  # bytes in the device's memory
+    kind: str  # class, as in `Peak`
+    shape: str  # type of the array on one device
+    name: str  # name of the HLO instruction
+    where: str  # line of the user's code that makes it; "" if unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryHistory:
-    """What is alive over a step, besides its arguments, which are alive throughout.
+    """What is alive over a step, besides its arguments, which are alive throughout."""
 
-    Attributes:
-      moments: number of moments of the schedule, one per executed instruction.
-      at: the moments that are columns, in order; the peak is one of them.
-      phases: phase of the step at each.
-      classes: class → bytes alive at each; the classes add up to all bytes.
-      buffers: the largest buffers of each, in the order in which they are made.
-    """
-
-    moments: int
-    at: tuple[int, ...]
-    phases: tuple[str, ...]
+    moments: int  # number of moments of the schedule, one per executed instruction
+    at: tuple[int, ...]  # the moments that are columns, in order; the peak is one of them
+    phases: tuple[str, ...]  # phase of the step at each
+    # class → bytes alive at each; the classes add up to all bytes
     classes: Mapping[str, tuple[int, ...]]
+    # the largest buffers of each, in the order in which they are made
     buffers: tuple[HeldBuffer, ...]
 
 

@@ -24,27 +24,16 @@ _BACKWARD = frozenset({"backward", "recompute"})
 
 @dataclasses.dataclass(frozen=True)
 class LiveBuffer:
-    """A buffer that is alive at the peak.
+    """A buffer that is alive at the peak."""
 
-    Attributes:
-      kind: one of `CLASSES`.
-      shape: type of the array on one device: `f32[4,16]`.
-      bytes: bytes in the device's memory, with the padding of its layout.
-      scope: the model's scope that computes it.
-      phase: parts of the step that write it: `forward, backward`.
-      name: name of the HLO instruction.
-      op_name: JAX's path for it.
-      source: the line of the user's code that computes it; None if unknown.
-    """
-
-    kind: str
-    shape: str
-    bytes: int
-    scope: str
-    phase: str
-    name: str
-    op_name: str
-    source: Source | None = None
+    kind: str  # one of `CLASSES`
+    shape: str  # type of the array on one device: `f32[4,16]`
+    bytes: int  # bytes in the device's memory, with the padding of its layout
+    scope: str  # the model's scope that computes it
+    phase: str  # parts of the step that write it: `forward, backward`
+    name: str  # name of the HLO instruction
+    op_name: str  # JAX's path for it
+    source: Source | None = None  # the line of the user's code that computes it; None if unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,30 +49,19 @@ class Peak:
     * collectives: results of other collectives;
     * outputs: results of the step that reuse no input;
     * temporaries: all others.
-
-    Attributes:
-      bytes: alive at that moment, without the arguments of the step.
-      compiler_bytes: the compiler's figure, without the arguments; None if it reports none.
-      phase: phase of the step at that moment.
-      scope: the model's scope at that moment.
-      classes: class → bytes; adds up to `bytes`.
-      scopes: scope → bytes, the most first; adds up to `bytes`.
-      largest: the largest buffers, the largest first.
-      problems: what could not be followed; with any, `bytes` is a lower bound.
-      moment: number of that moment in the schedule.
-      history: what is alive over the whole step.
     """
 
-    bytes: int
+    bytes: int  # alive at that moment, without the arguments of the step
+    # the compiler's figure, without the arguments; None if it reports none
     compiler_bytes: int | None
-    phase: str
-    scope: str
-    classes: Mapping[str, int]
-    scopes: Mapping[str, int]
-    largest: tuple[LiveBuffer, ...]
-    problems: tuple[str, ...] = ()
-    moment: int = 0
-    history: MemoryHistory | None = None
+    phase: str  # phase of the step at that moment
+    scope: str  # the model's scope at that moment
+    classes: Mapping[str, int]  # class → bytes; adds up to `bytes`
+    scopes: Mapping[str, int]  # scope → bytes, the most first; adds up to `bytes`
+    largest: tuple[LiveBuffer, ...]  # the largest buffers, the largest first
+    problems: tuple[str, ...] = ()  # what could not be followed; with any, `bytes` is a lower bound
+    moment: int = 0  # number of that moment in the schedule
+    history: MemoryHistory | None = None  # what is alive over the whole step
 
     @property
     def coverage(self) -> float | None:

@@ -3,9 +3,13 @@ const sizes = new Map(report.mesh);
 const devices = report.mesh.reduce((n, [, size]) => n * size, 1);
 const PAGE = 200;
 
-// Elements are created, never parsed from text: names in a report come from the user.
-function el(tag, attributes = {}, ...children) {
+// Elements are created, never parsed from text: names in a report come from the user. A name is
+// `tag.class`; attributes may be left out.
+function el(name, ...children) {
+  const [tag, ...classes] = name.split(".");
   const node = document.createElement(tag);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "style")
@@ -16,6 +20,14 @@ function el(tag, attributes = {}, ...children) {
   node.append(...children.flat().filter((child) => child !== null && child !== ""));
   return node;
 }
+
+const button = (text, onclick, more) => el("button", { type: "button", ...more, onclick }, text);
+const list = (texts, kind = "") =>
+  el(
+    `ul${kind}`,
+    texts.map((text) => el("li", text)),
+  );
+const fold = (title, ...children) => el("details", el("summary", title), ...children);
 
 function svg(tag, attributes, ...children) {
   const node = document.createElementNS(document.getElementById("svg").namespaceURI, tag);
@@ -52,11 +64,7 @@ const at_line = (source) =>
 
 // A mesh axis in its color.
 const axis_name = (axis) =>
-  el(
-    "span",
-    { class: "axis", style: { "--axis": report.colors[axis] ?? "" } },
-    axis || "(none)",
-  );
+  el("span", { class: "axis", style: { "--axis": report.colors[axis] ?? "" } }, axis || "(none)");
 
 const type = (leaf) => `${leaf.dtype}[${leaf.shape.join(",")}]`;
 
@@ -69,18 +77,18 @@ const LABELS = {
 // Marks totals that are lower bounds, since something could not be read.
 const least = (problems) => (problems.length ? "at least " : "");
 const bound = (problems) =>
-  problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "";
+  problems.length ? el("p.warn", "Incomplete: these are lower bounds.") : "";
 
 // A device takes one branch of a conditional; without a known share, all of them count.
 const branched = (rows) =>
   rows.some((row) => row.conditional && row.taken === 1)
-    ? el("p", { class: "warn" }, "Branches of conditionals count as taken: totals are upper bounds.")
+    ? el("p.warn", "Branches of conditionals count as taken: totals are upper bounds.")
     : "";
 
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
 
 // An entry of a legend.
-const key = (kind, text) => el("span", { class: "key" }, el("i", { class: kind }), text);
+const key = (kind, text) => el("span.key", el("i", { class: kind }), text);
 
 function section(id, title, labels, ...children) {
   const short = title.split(" per ")[0];

@@ -1,64 +1,61 @@
 function draw_findings() {
   const rows = report.findings;
   const target = section("findings", "Findings", ["compiled"]);
-  if (!rows.length) return target.append(el("p", { class: "quiet" }, "None."));
-  const list = el("ol", { class: "findings" });
-  const more = el("button", { type: "button", class: "more", onclick: () => grow() });
+  if (!rows.length) return target.append(el("p.quiet", "None."));
+  const shows = el("ol.findings");
+  const more = button("", () => grow(), { class: "more" });
   let shown = 0;
   function grow(step = 40) {
-    list.append(...rows.slice(shown, shown + step).map(finding));
+    shows.append(...rows.slice(shown, shown + step).map(finding));
     shown = Math.min(rows.length, shown + step);
     more.hidden = shown === rows.length;
     const left = rows.length - shown;
     more.textContent = `Show ${integer(Math.min(40, left))} more of ${integer(left)}`;
   }
   grow(6);
-  target.append(list, more);
+  target.append(shows, more);
 }
 
 function finding(one) {
-  const about = [one.leaf || one.scope, at_line(one.source), one.axes.length ? `over ${one.axes.join(", ")}` : ""];
+  const about = [
+    one.leaf || one.scope,
+    at_line(one.source),
+    one.axes.length ? `over ${one.axes.join(", ")}` : "",
+  ];
   const leaf = report.leaves.find((leaf) => named(leaf) === one.leaf);
   const shows = () => select_leaf(leaf, true);
   return el(
     "li",
-    {},
     el(
-      "div",
-      { class: "line" },
-      el("strong", {}, one.kind.replaceAll("_", " ")),
-      el("span", { class: "about" }, about.filter(Boolean).join(" ")),
-      one.bytes ? el("span", { class: "bytes" }, bytes(one.bytes)) : "",
-      leaf
-        ? el("button", { type: "button", class: "link", onclick: shows }, "Show its layout")
-        : "",
+      "div.line",
+      el("strong", one.kind.replaceAll("_", " ")),
+      el("span.about", about.filter(Boolean).join(" ")),
+      one.bytes ? el("span.bytes", bytes(one.bytes)) : "",
+      leaf ? button("Show its layout", shows, { class: "link" }) : "",
     ),
-    el("p", {}, one.why),
+    el("p", one.why),
     copyable(one.fix),
   );
 }
 
 function copyable(text) {
-  const code = el("code", {}, text);
+  const code = el("code", text);
   const copy = async (event) => {
-    const button = event.currentTarget;
+    const pressed = event.currentTarget;
     try {
       await navigator.clipboard.writeText(text);
-      button.textContent = "Copied";
+      pressed.textContent = "Copied";
     } catch {
       // A browser that refuses the clipboard still lets the user copy a selection.
       getSelection().selectAllChildren(code);
-      button.textContent = "Selected";
+      pressed.textContent = "Selected";
     }
-    setTimeout(() => {
-      button.textContent = "Copy";
-    }, 1500);
+    setTimeout(() => (pressed.textContent = "Copy"), 1500);
   };
   return el(
-    "div",
-    { class: "fix" },
-    el("span", { class: "name" }, "Fix"),
+    "div.fix",
+    el("span.name", "Fix"),
     code,
-    el("button", { type: "button", "aria-label": "Copy the fix", onclick: copy }, "Copy"),
+    button("Copy", copy, { "aria-label": "Copy the fix" }),
   );
 }

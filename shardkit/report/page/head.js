@@ -1,21 +1,17 @@
-function problems() {
-  const counted = report.flops ? report.flops.problems : [];
-  return [...report.ledger.problems, ...report.memory.problems, ...counted];
-}
-
 function draw_incomplete() {
-  const found = problems();
-  const silent = !report.messages_complete;
-  if (!found.length && !silent) return;
-  const said =
-    "The compiler's messages are unknown: involuntary rematerializations may be missing.";
-  const rows = [...found.map((text) => el("li", {}, text)), silent ? el("li", {}, said) : null];
+  const counted = report.flops ? report.flops.problems : [];
+  const found = [...report.ledger.problems, ...report.memory.problems, ...counted];
+  if (!report.messages_complete)
+    found.push(
+      "The compiler's messages are unknown: involuntary rematerializations may be missing.",
+    );
+  if (!found.length) return;
   const target = document.getElementById("incomplete");
   target.hidden = false;
   target.append(
-    el("h2", {}, "Incomplete"),
-    el("p", {}, "These parts could not be read. Totals that depend on them are lower bounds."),
-    el("ul", {}, rows.filter(Boolean)),
+    el("h2", "Incomplete"),
+    el("p", "These parts could not be read. Totals that depend on them are lower bounds."),
+    list(found),
   );
 }
 
@@ -41,50 +37,37 @@ function figure(name, value, note, kind, warns = false) {
   return el(
     "div",
     { class: warns ? "figure warn" : "figure" },
-    el("div", { class: "name" }, name, label(kind)),
-    el("div", { class: "value" }, value),
-    el("div", { class: "note" }, note),
+    el("div.name", name, label(kind)),
+    el("div.value", value),
+    el("div.note", note),
   );
 }
 
 function draw_figures() {
-  const { memory, flops, findings } = report;
-  const hidden = sum(report.traffic, (one) => one.hidden);
-  document
-    .getElementById("figures")
-    .append(
-      figure_of_time(),
-      figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
-      figure(
-        "Sent per step",
-        least(report.ledger.problems) + bytes(report.sent),
-        `by each device, ${bytes(hidden)} of it hidden`,
-        "compiled",
-      ),
-      figure(
-        "Collectives",
-        integer(report.ledger.rows.length),
-        `over ${plural(report.mesh.length, "mesh axis", "mesh axes")}`,
-        "compiled",
-      ),
-      flops
-        ? figure(
-            "FLOPs per step",
-            least(flops.problems) + si(flops.model),
-            flops.recompute
-              ? `all devices, ${percent(flops.recompute, flops.model)} more recomputed`
-              : "all devices, none recomputed",
-            "traced",
-          )
-        : "",
-      figure(
-        "Findings",
-        integer(findings.length),
-        findings.length ? `${bytes(findings[0].bytes)} in the largest` : "nothing to fix",
-        "compiled",
-        findings.length > 0,
-      ),
-    );
+  const { memory, flops, findings, ledger } = report;
+  const hidden = bytes(sum(report.traffic, (one) => one.hidden));
+  const sent = least(ledger.problems) + bytes(report.sent);
+  const axes = `over ${plural(report.mesh.length, "mesh axis", "mesh axes")}`;
+  const largest = findings.length ? `${bytes(findings[0].bytes)} in the largest` : "nothing to fix";
+  const made = [
+    figure_of_time(),
+    figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
+    figure("Sent per step", sent, `by each device, ${hidden} of it hidden`, "compiled"),
+    figure("Collectives", integer(ledger.rows.length), axes, "compiled"),
+    flops ? figure_of_flops(flops) : "",
+    figure("Findings", integer(findings.length), largest, "compiled", findings.length > 0),
+  ];
+  document.getElementById("figures").append(...made);
+}
+
+function figure_of_flops({ problems, model, recompute }) {
+  const more = recompute ? `${percent(recompute, model)} more` : "none";
+  return figure(
+    "FLOPs per step",
+    least(problems) + si(model),
+    `all devices, ${more} recomputed`,
+    "traced",
+  );
 }
 
 function figure_of_time() {

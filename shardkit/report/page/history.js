@@ -1,8 +1,6 @@
 // What is alive over a step: an area per class, the fullest moment marked, and below it what is
 // alive at the moment that the pointer or the slider selects.
-const LIVE_CLASSES = [
-  "gradients", "activations", "weights", "collectives", "outputs", "temporaries",
-];
+const LIVE_CLASSES = "gradients activations weights collectives outputs temporaries".split(" ");
 
 function draw_history(peak) {
   const { history } = peak;
@@ -11,11 +9,8 @@ function draw_history(peak) {
   const held = sum(["params", "opt_state", "model_state", "batch", "rest"], (name) => memory[name]);
   const layers = [
     ["arguments", history.at.map(() => held + (memory.padding ?? 0))],
-    ...LIVE_CLASSES.filter((name) => history.classes[name]?.some(Boolean)).map((name) => [
-      name,
-      history.classes[name],
-    ]),
-  ];
+    ...LIVE_CLASSES.map((name) => [name, history.classes[name] ?? []]),
+  ].filter(([name, sizes]) => name === "arguments" || sizes.some(Boolean));
   const totals = history.at.map((_, i) => sum(layers, ([, sizes]) => sizes[i]));
   const most = Math.max(1, ...totals);
   const top = totals.indexOf(Math.max(...totals));
@@ -36,11 +31,10 @@ function draw_history(peak) {
     oninput: (event) => select(Number(event.target.value)),
   });
   const plot = el(
-    "div",
-    { class: "plot" },
+    "div.plot",
     areas(layers, most),
-    el("span", { class: "top" }, bytes(most)),
-    el("span", { class: "peak", style: { left: at(top) } }, el("span", {}, "peak")),
+    el("span.top", bytes(most)),
+    el("span", { class: "peak", style: { left: at(top) } }, el("span", "peak")),
     cursor,
   );
   plot.addEventListener("pointermove", (event) => {
@@ -50,15 +44,13 @@ function draw_history(peak) {
   });
   select(top);
   return el(
-    "figure",
-    { class: "history" },
-    el("h3", {}, "Over the step"),
+    "figure.history",
+    el("h3", "Over the step"),
     plot,
     phase_strip(history.phases),
     slider,
     el(
       "p",
-      {},
       layers.map(([name]) => key(`live ${name}`, name)),
       " Phases below the areas: ",
       [...new Set(history.phases)].map((phase) => key(`block-of ${phase}`, phase)),
@@ -77,7 +69,10 @@ function areas(layers, most) {
     const floor = [...below];
     sizes.forEach((size, i) => (below[i] += size));
     const up = below.map((y, i) => `V${height(y)}H${i + 1}`).join("");
-    const down = floor.map((y, i) => `V${height(y)}H${i}`).reverse().join("");
+    const down = floor
+      .map((y, i) => `V${height(y)}H${i}`)
+      .reverse()
+      .join("");
     return svg("path", { class: `live ${name}`, d: `M0,${height(floor[0])}${up}${down}Z` });
   });
   const box = { viewBox: `0 0 ${n} 1000`, preserveAspectRatio: "none", "aria-hidden": "true" };
@@ -92,8 +87,7 @@ function phase_strip(phases) {
   }
   const width = (n) => ({ width: `${(100 * n) / phases.length}%` });
   return el(
-    "div",
-    { class: "phases" },
+    "div.phases",
     runs.map(({ phase, n }) =>
       el(
         "span",
@@ -110,22 +104,19 @@ function describe_moment(history, layers, totals, i) {
   const alive = history.buffers.filter((one) => one.start <= moment && moment <= one.end);
   alive.sort((a, b) => b.bytes - a.bytes);
   const of = parts.map(([name, sizes]) => `${name} ${bytes(sizes[i])}`).join("; ");
-  const lines = alive.slice(0, 3).map((one) =>
-    el(
-      "li",
-      {},
+  const lines = alive
+    .slice(0, 3)
+    .map((one) => [
       `${bytes(one.bytes)} ${one.kind} ${one.shape}`,
-      one.where ? ` from ${one.where}` : " from an unknown line",
+      ` from ${one.where || "an unknown line"}`,
       `: ${one.name}`,
-    ),
-  );
+    ]);
   return [
     el(
       "p",
-      {},
       `Moment ${integer(moment)} of ${integer(history.moments)}, ${history.phases[i]}: ` +
         `${bytes(totals[i])} by the schedule: ${of}. The largest buffers:`,
     ),
-    el("ul", {}, lines),
+    list(lines),
   ];
 }

@@ -40,28 +40,20 @@ function draw_layout(leaf) {
     "Point at a device to see its shard and the devices with the same one.",
   );
   const drawing = el(
-    "div",
-    { class: "drawing" },
-    el("div", {}, el("h4", {}, "The array, cut into shards"), blocks(leaf)),
+    "div.drawing",
+    el("div", el("h4", "The array, cut into shards"), blocks(leaf)),
     el(
-      "div",
-      { class: "grow" },
-      el("h4", {}, `The mesh: ${plural(devices, "device")}, and the shard each holds`),
+      "div.grow",
+      el("h4", `The mesh: ${plural(devices, "device")}, and the shard each holds`),
       draw_grid((button, place) => paint(leaf, button, place)),
     ),
   );
   point(drawing, said, leaf);
   return el(
     "div",
-    {},
-    el(
-      "h3",
-      { class: "path" },
-      `${named(leaf)} `,
-      el("span", { class: "quiet" }, type(leaf)),
-    ),
-    el("p", {}, summary(leaf)),
-    leaf.declared_by ? el("p", { class: "quiet" }, `Declared by ${leaf.declared_by}.`) : "",
+    el("h3.path", `${named(leaf)} `, el("span.quiet", type(leaf))),
+    el("p", summary(leaf)),
+    leaf.declared_by ? el("p.quiet", `Declared by ${leaf.declared_by}.`) : "",
     dims_table(leaf),
     said,
     drawing,
@@ -72,8 +64,7 @@ function summary(leaf) {
   const each = `${bytes(leaf.device_bytes)} on each device`;
   if (warns(leaf))
     return el(
-      "span",
-      { class: "warn" },
+      "span.warn",
       `Replicated: all ${integer(devices)} devices hold the whole array, and no rule declares it. ` +
         `${each}.`,
     );
@@ -94,25 +85,25 @@ function dims_table(leaf) {
   const rows = leaf.shape.map((size, dim) =>
     el(
       "tr",
-      {},
       el("th", { scope: "row" }, String(dim)),
-      leaf.names ? el("td", {}, leaf.names[dim] ?? "") : "",
-      el("td", { class: "number" }, integer(size)),
+      leaf.names ? el("td", leaf.names[dim] ?? "") : "",
+      el("td.number", integer(size)),
       el(
         "td",
-        {},
         leaf.spec[dim].length
-          ? leaf.spec[dim].map((axis) => el("span", {}, axis_name(axis), ` (${integer(sizes.get(axis))}) `))
+          ? leaf.spec[dim].map((axis) =>
+              el("span", axis_name(axis), ` (${integer(sizes.get(axis))}) `),
+            )
           : "whole",
       ),
-      el("td", { class: "number" }, integer(leaf.shard[dim])),
+      el("td.number", integer(leaf.shard[dim])),
     ),
   );
   const titles = ["dim", ...(leaf.names ? ["name"] : []), "size", "split over", "on each device"];
   const head = titles.map((title) =>
     el("th", { scope: "col", class: /size|device/.test(title) ? "number" : "" }, title),
   );
-  return el("table", { class: "dims" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
+  return el("table.dims", el("thead", el("tr", head)), el("tbody", rows));
 }
 
 // The array as a rectangle of its first two split dims.
@@ -128,9 +119,8 @@ function blocks(leaf) {
   const rows = places(count(down), LIMITS.row).map((j) =>
     el(
       "tr",
-      {},
       places(count(across), LIMITS.row).map((i) => {
-        if (i === null || j === null) return el("td", { class: "gap" }, j === null ? "⋮" : "⋯");
+        if (i === null || j === null) return el("td.gap", j === null ? "⋮" : "⋯");
         const block = leaf.spec.map((_, dim) => (dim === across ? i : dim === down ? j : 0));
         const cell = el("td", { class: "block", title: slice_text(leaf, block) });
         coloured(cell, leaf, shard_of(leaf, block));
@@ -144,10 +134,9 @@ function blocks(leaf) {
     .join("   ");
   return el(
     "div",
-    {},
-    el("div", { class: "sides" }, sides || "not split"),
-    el("table", { class: "array" }, el("tbody", {}, rows)),
-    more ? el("p", { class: "quiet" }, more) : "",
+    el("div.sides", sides || "not split"),
+    el("table.array", el("tbody", rows)),
+    more ? el("p.quiet", more) : "",
   );
 }
 

@@ -2,19 +2,12 @@ let select_leaf = () => {};
 
 function draw_leaves() {
   const mesh = report.mesh.map(([name, size]) => `${name} ${integer(size)}`).join(" × ");
-  const target = section(
-    "layout",
-    "Mesh and layouts",
-    ["compiled"],
-    el(
-      "p",
-      {},
-      `Mesh ${mesh}: ${plural(devices, "device")}. Devices are numbered in the order of the mesh.`,
-    ),
-  );
+  const said = `${plural(devices, "device")}. Devices are numbered in the order of the mesh.`;
+  const text = el("p", `Mesh ${mesh}: ${said}`);
+  const target = section("layout", "Mesh and layouts", ["compiled"], text);
   if (!report.leaves.length) {
     target.append(
-      el("p", { class: "quiet" }, "This report lists no arrays."),
+      el("p.quiet", "This report lists no arrays."),
       draw_grid((button, place) => {
         button.classList.add("plain");
         button.textContent = integer(device_number(place));
@@ -23,14 +16,11 @@ function draw_leaves() {
     );
     return;
   }
-  const shown = el("div", { class: "leaf" });
-  target.append(el("div", { class: "layouts" }, leaf_list(shown), shown));
+  const shown = el("div.leaf");
+  target.append(el("div.layouts", leaf_list(shown), shown));
   const params = report.leaves.filter((leaf) => leaf.part === "params");
-  const of = params.length ? params : report.leaves;
-  select_leaf(
-    of.reduce((a, b) => (b.device_bytes > a.device_bytes ? b : a)),
-    false,
-  );
+  const largest = (a, b) => (b.device_bytes > a.device_bytes ? b : a);
+  select_leaf((params.length ? params : report.leaves).reduce(largest), false);
 }
 
 function leaf_list(shown) {
@@ -39,58 +29,28 @@ function leaf_list(shown) {
   const only = el("input", { type: "checkbox", onchange: redraw });
   const said = el("p", { class: "said", "aria-live": "polite" });
   let selected = null;
-  const held = {
-    title: "on a device",
-    value: (leaf) => leaf.device_bytes,
-    number: true,
-    show: (leaf) => bytes(leaf.device_bytes),
-  };
-  const made = table(
-    [
-      {
-        title: "array",
-        value: named,
-        wide: true,
-        show: leaf_button,
-      },
-      {
-        title: "split over",
-        value: spec_text,
-        show: (leaf) =>
-          el("span", { class: warns(leaf) ? "warn" : whole(leaf) ? "quiet" : "" }, spec_text(leaf)),
-      },
-      held,
-      {
-        title: "copies",
-        value: copies,
-        number: true,
-        show: (leaf) => integer(copies(leaf)),
-        hint: "Devices that hold the same shard",
-      },
-    ],
-    {
-      caption: "Arrays of the step's input",
-      sort: held,
-      empty: "No array is like that.",
-      row: (leaf) => ({ class: leaf === selected ? "selected" : "" }),
-    },
-  );
+  const held = amount("on a device", "device_bytes", bytes);
+  const kind = (leaf) => (warns(leaf) ? "warn" : whole(leaf) ? "quiet" : "");
+  const columns = [
+    column("array", named, { wide: true, show: leaf_button }),
+    column("split over", spec_text, {
+      show: (leaf) => el("span", { class: kind(leaf) }, spec_text(leaf)),
+    }),
+    held,
+    amount("copies", copies, integer, { hint: "Devices that hold the same shard" }),
+  ];
+  const made = table(columns, {
+    caption: "Arrays of the step's input",
+    sort: held,
+    empty: "No array is like that.",
+    row: (leaf) => ({ class: leaf === selected ? "selected" : "" }),
+  });
 
   function leaf_button(leaf) {
-    const text = leaf.path || leaf.part;
-    const note = el("span", { class: "quiet" }, `${leaf.part} ${type(leaf)}`);
+    const pressed = { class: "pick", "aria-pressed": String(leaf === selected) };
     return [
-      el(
-        "button",
-        {
-          type: "button",
-          class: "pick",
-          "aria-pressed": String(leaf === selected),
-          onclick: () => select_leaf(leaf, false),
-        },
-        text,
-      ),
-      note,
+      button(leaf.path || leaf.part, () => select_leaf(leaf, false), pressed),
+      el("span.quiet", `${leaf.part} ${type(leaf)}`),
     ];
   }
   function redraw() {
@@ -101,8 +61,7 @@ function leaf_list(shown) {
         (!only.checked || warns(leaf)),
     );
     const all = bytes(sum(kept, (leaf) => leaf.device_bytes));
-    said.textContent =
-      `${integer(kept.length)} of ${plural(report.leaves.length, "array")}, ${all} on a device`;
+    said.textContent = `${integer(kept.length)} of ${plural(report.leaves.length, "array")}, ${all} on a device`;
     made.fill(kept);
   }
   select_leaf = (leaf, scroll) => {
@@ -119,19 +78,9 @@ function leaf_list(shown) {
     button.closest("tr").classList.toggle("selected", on);
   }
   redraw();
-  return el(
-    "div",
-    { class: "list" },
-    el(
-      "div",
-      { class: "filters" },
-      filters.part.node,
-      filters.text.node,
-      el("label", { class: "check" }, only, "only unmeant copies"),
-    ),
-    said,
-    made.node,
-  );
+  const check = el("label.check", only, "only unmeant copies");
+  const choices = el("div.filters", filters.part.node, filters.text.node, check);
+  return el("div.list", choices, said, made.node);
 }
 
 function spec_text(leaf) {

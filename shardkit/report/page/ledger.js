@@ -1,62 +1,29 @@
 function draw_ledger() {
   const rows = report.ledger.rows;
-  const some = (of) => [...new Set(rows.map(of))].sort();
+  const some = (field) => [...new Set(rows.map((row) => row[field]))].sort();
+  const axes = report.mesh.map(([axis]) => axis);
   const filters = {
-    axis: choice(
-      "axis",
-      report.mesh.map(([axis]) => axis),
-      redraw,
-    ),
-    kind: choice(
-      "kind",
-      some((row) => row.kind),
-      redraw,
-    ),
-    phase: choice(
-      "phase",
-      some((row) => row.phase),
-      redraw,
-    ),
+    axis: choice("axis", axes, redraw),
+    kind: choice("kind", some("kind"), redraw),
+    phase: choice("phase", some("phase"), redraw),
     text: searcher("source, scope, dtype, operand", redraw),
   };
   const said = el("p", { class: "said", "aria-live": "polite" });
-  const wire = {
-    title: "sent",
-    value: (row) => row.wire_bytes,
-    number: true,
-    show: (row) => bytes(row.wire_bytes),
-    hint: "Bytes one device sends per step",
-  };
+  const wire = amount("sent", "wire_bytes", bytes, { hint: "Bytes one device sends per step" });
   const columns = [
-    {
-      title: "kind",
-      value: (row) => row.kind,
-      show: (row) => opener(row.kind, () => details(row), 12),
-    },
-    {
-      title: "axes",
-      value: (row) => joined(row.axes) + (row.dcn ? " between slices" : ""),
-    },
-    { title: "dtype", value: (row) => row.dtype },
-    {
-      title: "payload",
-      value: (row) => row.payload_bytes,
-      number: true,
-      show: (row) => bytes(row.payload_bytes),
+    column("kind", "kind", { show: (row) => opener(row.kind, () => details(row), 12) }),
+    column("axes", (row) => joined(row.axes) + (row.dcn ? " between slices" : "")),
+    column("dtype"),
+    amount("payload", "payload_bytes", bytes, {
       hint: "Bytes of the whole array of one execution",
-    },
-    {
-      title: "trips",
-      value: (row) => row.trips,
-      number: true,
-      show: (row) => (row.trips === null ? el("span", { class: "warn" }, "?") : integer(row.trips)),
-    },
+    }),
+    amount("trips", "trips", (n) => (n === null ? el("span.warn", "?") : integer(n))),
     wire,
     ...times_of(rows),
-    { title: "phase", value: (row) => row.phase },
-    { title: "source", value: (row) => at_line(row.source), wide: true },
-    { title: "scope", value: (row) => row.scope, wide: true, show: (row) => several(row.scope) },
-    { title: "", value: marks, hint: "Sort by marks" },
+    column("phase"),
+    column("source", (row) => at_line(row.source), { wide: true }),
+    column("scope", "scope", { wide: true, show: (row) => several(row.scope) }),
+    column("", marks, { hint: "Sort by marks" }),
   ];
   const made = table(columns, {
     caption: "Collectives",
@@ -77,8 +44,7 @@ function draw_ledger() {
     "Ledger",
     report.measured ? ["compiled", "measured"] : ["compiled"],
     el(
-      "div",
-      { class: "filters" },
+      "div.filters",
       Object.values(filters).map((one) => one.node),
       said,
     ),
@@ -97,8 +63,8 @@ function times_of(rows) {
     .filter(([, times]) => times?.length === rows.length)
     .map(([title, times, hint]) => {
       const of = new Map(rows.map((row, i) => [row, times[i]]));
-      const show = (row) => (of.get(row) === null ? "" : seconds(of.get(row)));
-      return { title, value: (row) => of.get(row), number: true, show, hint };
+      const format = (time) => (time === null ? "" : seconds(time));
+      return amount(title, (row) => of.get(row), format, { hint });
     });
 }
 
@@ -142,7 +108,7 @@ const arrays = (row) =>
       wanted_by && `wanted by ${wanted_by}`,
       declared_by && `declared by ${declared_by}`,
     ];
-    return el("div", {}, [operand, ...parts.filter(Boolean)].join("; "));
+    return el("div", [operand, ...parts.filter(Boolean)].join("; "));
   });
 
 const details = (row) =>

@@ -34,28 +34,24 @@ function draw_memory() {
     against_capacity(memory),
     el("div", { class: "memory", role: "table", "aria-label": "Bytes per device by class" }, rows),
     apart
-      ? el(
-          "p",
-          { class: "quiet" },
-          `The classes add up to ${bytes(all)}: not all of them are alive at once.`,
-        )
+      ? el("p.quiet", `The classes add up to ${bytes(all)}: not all of them are alive at once.`)
       : "",
     report.peak ? draw_history(report.peak) : "",
     at_peak(report.peak),
     report.memory_suggestions.length
-      ? el(
-          "div",
-          {},
-          el("h3", {}, "To fit"),
-          el(
-            "ul",
-            {},
-            report.memory_suggestions.map((text) => el("li", {}, text)),
-          ),
-        )
+      ? el("div", el("h3", "To fit"), list(report.memory_suggestions))
       : "",
   );
 }
+
+const held = (name, drawn, text, part, whole) =>
+  el(
+    "div.held",
+    el("span", name),
+    drawn,
+    el("span.number", text),
+    el("span.number.quiet", percent(part, whole)),
+  );
 
 const STATED = 0.1;
 
@@ -63,7 +59,7 @@ const STATED = 0.1;
 function at_peak(peak) {
   if (!peak) {
     const why = "What is alive at the peak is unknown: the program has no schedule to follow.";
-    return el("p", { class: "quiet" }, why);
+    return el("p.quiet", why);
   }
   const { classes, compiler_bytes, problems } = peak;
   const share = compiler_bytes ? peak.bytes / compiler_bytes : null;
@@ -75,49 +71,35 @@ function at_peak(peak) {
   const rough = close ? "" : "Rough: trust the shares, not the sizes. ";
   const rows = Object.entries(classes)
     .filter(([, n]) => n)
-    .map(([name, n]) =>
-      el(
-        "div",
-        { class: "held" },
-        el("span", {}, name),
-        bar(n, peak.bytes, `live ${name}`),
-        el("span", { class: "number" }, bytes(n)),
-        el("span", { class: "number quiet" }, percent(n, peak.bytes)),
-      ),
-    );
+    .map(([name, n]) => held(name, bar(n, peak.bytes, `live ${name}`), bytes(n), n, peak.bytes));
   const when = [peak.phase, peak.scope].filter(Boolean).join(", ");
   const text =
     `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} besides the arguments, ` +
     `${agreement}.`;
   return el(
     "div",
-    {},
-    el("h3", {}, "Alive at the peak"),
-    el("p", {}, rough ? el("span", { class: "warn" }, rough) : "", text),
-    problems.map((one) => el("p", { class: "warn" }, `Lower bound: ${one}`)),
-    el("div", { class: "memory" }, rows),
-    el("details", {}, el("summary", {}, "The largest buffers, and scopes"), buffers(peak)),
+    el("h3", "Alive at the peak"),
+    el("p", rough ? el("span.warn", rough) : "", text),
+    problems.map((one) => el("p.warn", `Lower bound: ${one}`)),
+    el("div.memory", rows),
+    fold("The largest buffers, and scopes", buffers(peak)),
   );
 }
 
 function buffers({ largest, scopes }) {
-  const size = { title: "bytes", value: (one) => one.bytes, number: true };
-  size.show = (one) => bytes(one.bytes);
-  const rows = table(
-    [
-      size,
-      { title: "class", value: (one) => one.kind },
-      { title: "type", value: (one) => one.shape },
-      { title: "written", value: (one) => one.phase },
-      { title: "source", value: (one) => at_line(one.source), wide: true },
-      { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
-      { title: "instruction", value: (one) => one.name, wide: true },
-    ],
-    { caption: "Largest buffers at the peak", sort: size },
-  );
-  rows.fill(largest);
+  const size = amount("bytes", "bytes", bytes);
+  const columns = [
+    size,
+    column("class", "kind"),
+    column("type", "shape"),
+    column("written", "phase"),
+    column("source", (one) => at_line(one.source), { wide: true }),
+    column("scope", (one) => one.scope || "(no scope)", { wide: true }),
+    column("instruction", "name", { wide: true }),
+  ];
+  const made = filled(largest, columns, { caption: "Largest buffers at the peak", sort: size });
   const parts = Object.entries(scopes).map(([name, n]) => `${name || "(no scope)"} ${bytes(n)}`);
-  return el("div", {}, rows.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
+  return el("div", made, el("p.quiet", `By scope: ${parts.join("; ")}.`));
 }
 
 function against_capacity(memory) {
@@ -125,14 +107,11 @@ function against_capacity(memory) {
   const whole = Math.max(memory.capacity ?? 0, memory.total ?? 0);
   const mark = memory.capacity !== null && over(memory) ? memory.capacity : null;
   return el(
-    "div",
-    { class: "capacity" },
+    "div.capacity",
     el(
       "p",
-      {},
       el(
         "strong",
-        {},
         memory.total === null
           ? "The compiler does not report the peak"
           : `${bytes(memory.total)} alive at once`,

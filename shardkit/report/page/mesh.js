@@ -21,15 +21,14 @@ function draw_grid(paint) {
   const { down, across, panels } = arranged();
   const grids = panel_places(panels).map((fixed) =>
     fixed === null
-      ? el("div", { class: "gap between" }, "⋮")
+      ? el("div.gap.between", "⋮")
       : el(
-          "figure",
-          { class: "panel" },
-          panels.length ? el("figcaption", {}, place_text(fixed)) : "",
+          "figure.panel",
+          panels.length ? el("figcaption", place_text(fixed)) : "",
           grid(fixed, down, across, paint),
         ),
   );
-  const made = el("div", { class: "mesh" }, grids);
+  const made = el("div.mesh", grids);
   made.addEventListener("keydown", walk);
   const first = made.querySelector("button");
   if (first) first.tabIndex = 0;
@@ -50,47 +49,29 @@ function panel_places(panels) {
 
 function grid(fixed, down, across, paint) {
   const columns = places(across[1], LIMITS.column);
-  const corner = el(
-    "th",
-    { class: "corner" },
-    down[0] ? `${down[0]} ↓ ` : "",
-    across[0] ? `${across[0]} →` : "",
-  );
-  const head = el(
-    "tr",
-    {},
-    corner,
-    columns.map((i) => el("th", {}, i === null ? "⋯" : String(i))),
-  );
+  const corner = el("th.corner", down[0] ? `${down[0]} ↓ ` : "", across[0] ? `${across[0]} →` : "");
+  const heads = columns.map((i) => el("th", i === null ? "⋯" : String(i)));
   const body = places(down[1], LIMITS.row).map((j) => {
-    if (j === null)
-      return el(
-        "tr",
-        {},
-        el("th", {}, "⋮"),
-        columns.map(() => el("td", { class: "gap" }, "⋮")),
-      );
+    const name = j === null ? "⋮" : down[0] ? String(j) : "";
     return el(
       "tr",
-      {},
-      el("th", {}, down[0] ? String(j) : ""),
+      el("th", name),
       columns.map((i) => {
-        if (i === null) return el("td", { class: "gap" }, "⋯");
+        if (i === null || j === null) return el("td.gap", j === null ? "⋮" : "⋯");
         const place = { ...Object.fromEntries(report.mesh.map(([axis]) => [axis, 0])), ...fixed };
         if (across[0]) place[across[0]] = i;
         if (down[0]) place[down[0]] = j;
-        const button = el("button", { type: "button", class: "device", tabindex: "-1" });
-        paint(button, place);
-        return el("td", {}, button);
+        const device = el("button", { type: "button", class: "device", tabindex: "-1" });
+        paint(device, place);
+        return el("td", device);
       }),
     );
   });
   return el(
-    "table",
-    { class: "devices" },
-    el("caption", { class: "hidden" }, "Devices of the mesh"),
-    el("thead", {}, head),
-    el("tbody", {}, body),
+    "table.devices",
+    el("caption.hidden", "Devices of the mesh"),
+    el("thead", el("tr", corner, heads)),
+    el("tbody", body),
   );
 }
 

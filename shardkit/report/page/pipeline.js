@@ -15,13 +15,15 @@ function draw_ticks() {
     target.append(
       el(
         "p",
-        {},
         axis_name(one.axis),
         ` runs ${one.name}: ${plural(one.rows[0].length, "tick")}, ` +
           `${percent(idle, cells.length)} of them idle (the bubble).`,
       ),
       tick_table(one),
-      el("p", {}, kinds.map((kind) => key(`block-of ${PASSES[kind][0]}`, PASSES[kind][1]))),
+      el(
+        "p",
+        kinds.map((kind) => key(`block-of ${PASSES[kind][0]}`, PASSES[kind][1])),
+      ),
     );
   }
 }
@@ -30,7 +32,6 @@ function tick_table({ axis, name, rows }) {
   const body = rows.map((row, stage) =>
     el(
       "tr",
-      {},
       el("th", { scope: "row" }, `stage ${stage}`),
       row.map((cell, tick) => {
         const kind = cell ? `tick-of ${PASSES[cell[0]][0]}` : "idle";
@@ -40,14 +41,5 @@ function tick_table({ axis, name, rows }) {
     ),
   );
   const caption = `Ticks of ${name} over ${axis}`;
-  return el(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    el(
-      "table",
-      { class: "ticks" },
-      el("caption", { class: "hidden" }, caption),
-      el("tbody", {}, body),
-    ),
-  );
+  return scrolled(caption, el("table.ticks", el("caption.hidden", caption), el("tbody", body)));
 }

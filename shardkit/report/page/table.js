@@ -1,32 +1,31 @@
-// A table whose headers sort it. A column is {title, value, show, number, hint, wide}: `value`
-// is the sort key, `show` the text of the cell. Long tables grow by PAGE rows at a time.
+// A column is {title, value, show, number, hint, wide}: `value` is the sort key, a function of the
+// row or the name of its field, and `show` makes the cell.
+const column = (title, value = title, more = {}) => ({
+  title,
+  value: typeof value === "string" ? (one) => one[value] : value,
+  ...more,
+});
+// A column of numbers, whose cells show the value in a format.
+function amount(title, value, format, more = {}) {
+  const made = column(title, value, { number: true });
+  return { ...made, show: (one) => format(made.value(one)), ...more };
+}
+
+const code_column = column("code", "code", { wide: true, show: (one) => el("code", one.code) });
+
+// A table whose headers sort it. Long tables grow by PAGE rows at a time.
 function table(columns, { caption, sort = null, row = () => ({}), empty = "None." }) {
   const body = el("tbody");
-  const more = el("button", { type: "button", class: "more" });
+  const more = button("", () => ((state.shown += PAGE), draw()), { class: "more" });
   const state = { rows: [], shown: PAGE, sort, descending: true };
   const heads = columns.map((column) => head(column, state, draw));
-  const made = el(
-    "table",
-    {},
-    el("caption", { class: "hidden" }, caption),
-    el("thead", {}, el("tr", {}, heads)),
-    body,
-  );
-  const frame = el(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    made,
-  );
-  more.addEventListener("click", () => {
-    state.shown += PAGE;
-    draw();
-  });
+  const made = el("table", el("caption.hidden", caption), el("thead", el("tr", heads)), body);
 
   function draw() {
     const sorted = sort_rows(state);
     body.replaceChildren(...sorted.slice(0, state.shown).map((one) => cells(columns, one, row)));
     if (!sorted.length)
-      body.append(el("tr", {}, el("td", { colspan: columns.length, class: "quiet" }, empty)));
+      body.append(el("tr", el("td", { colspan: columns.length, class: "quiet" }, empty)));
     const left = sorted.length - state.shown;
     more.hidden = left <= 0;
     more.textContent = `Show ${integer(Math.min(PAGE, left))} more of ${integer(left)}`;
@@ -39,7 +38,7 @@ function table(columns, { caption, sort = null, row = () => ({}), empty = "None.
     Object.assign(state, { rows, shown: PAGE });
     draw();
   }
-  return { node: el("div", { class: "table" }, frame, more), fill, body };
+  return { node: el("div.table", scrolled(caption, made), more), fill, body };
 }
 
 function head(column, state, draw) {
@@ -48,13 +47,19 @@ function head(column, state, draw) {
     Object.assign(state, { sort: column, descending: again ? !state.descending : !!column.number });
     draw();
   };
-  const button = el(
-    "button",
-    { type: "button", title: column.hint ?? "Sort", onclick: sorts },
-    column.title,
-  );
-  return el("th", { scope: "col", class: column.number ? "number" : "" }, button);
+  const press = button(column.title, sorts, { title: column.hint ?? "Sort" });
+  return el("th", { scope: "col", class: column.number ? "number" : "" }, press);
 }
+
+// A table of rows that do not change.
+function filled(rows, columns, options) {
+  const made = table(columns, options);
+  made.fill(rows);
+  return made.node;
+}
+
+const scrolled = (caption, node) =>
+  el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, node);
 
 function sort_rows({ rows, sort, descending }) {
   if (!sort) return rows;
@@ -89,23 +94,18 @@ function opener(text, details, columns) {
     button.setAttribute("aria-expanded", String(!below));
     if (below) below = void below.remove();
     else {
-      below = el("tr", { class: "details" }, el("td", { colspan: columns }, details()));
+      below = el("tr.details", el("td", { colspan: columns }, details()));
       button.closest("tr").after(below);
     }
   };
-  return el(
-    "button",
-    { type: "button", class: "opener", "aria-expanded": "false", onclick: toggle },
-    text,
-  );
+  return button(text, toggle, { class: "opener", "aria-expanded": "false" });
 }
 
 function definitions(pairs) {
   const rows = pairs.filter(([, value]) => value !== "" && value !== null);
   return el(
     "dl",
-    {},
-    rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+    rows.flatMap(([name, value]) => [el("dt", name), el("dd", value)]),
   );
 }
 
@@ -116,10 +116,10 @@ function choice(title, options, redraw) {
     el("option", { value: "" }, "any"),
     options.map((option) => el("option", { value: option }, option)),
   );
-  return { node: el("label", {}, title, select), get: () => select.value };
+  return { node: el("label", title, select), get: () => select.value };
 }
 
 function searcher(title, redraw) {
   const input = el("input", { type: "search", oninput: redraw, spellcheck: "false" });
-  return { node: el("label", {}, title, input), get: () => input.value.trim().toLowerCase() };
+  return { node: el("label", title, input), get: () => input.value.trim().toLowerCase() };
 }

@@ -2,13 +2,8 @@ const LANES = ["compute", "communication"];
 
 function seconds(n) {
   if (n === null) return "unknown";
-  for (const [unit, factor] of [
-    ["s", 1],
-    ["ms", 1e3],
-    ["µs", 1e6],
-  ]) {
+  for (const [unit, factor] of Object.entries({ s: 1, ms: 1e3, µs: 1e6 }))
     if (n * factor >= 1) return `${+(n * factor).toPrecision(3)} ${unit}`;
-  }
   return `${(n * 1e9).toFixed(0)} ns`;
 }
 
@@ -19,7 +14,7 @@ function draw_timeline() {
     const why =
       "No time is modelled: that needs a device in the hardware table, " +
       "and simulated ones have none.";
-    return target.append(el("p", { class: "quiet" }, why));
+    return target.append(el("p.quiet", why));
   }
   const scheduled = timeline.source === "schedule";
   target.append(
@@ -27,16 +22,7 @@ function draw_timeline() {
     scheduled ? lanes(timeline) : ends(timeline),
     exposed(timeline),
     segment_table(timeline),
-    el(
-      "details",
-      {},
-      el("summary", {}, "Assumptions of the model"),
-      el(
-        "ul",
-        {},
-        timeline.assumptions.map((text) => el("li", {}, text)),
-      ),
-    ),
+    fold("Assumptions of the model", list(timeline.assumptions)),
   );
 }
 
@@ -45,23 +31,22 @@ function step_time(timeline) {
   const how =
     source === "schedule"
       ? [
-          el("strong", {}, seconds(high)),
+          el("strong", seconds(high)),
           ` on ${chip}, from the compiler's schedule: ${seconds(compute)} of compute and ` +
             `${seconds(exposed)} of communication that no compute hides${mfu(timeline)}.`,
         ]
       : [
-          el("strong", {}, `${seconds(low)} to ${seconds(high)}`),
+          el("strong", `${seconds(low)} to ${seconds(high)}`),
           ` on ${chip}, as a roofline: if everything overlaps, ` +
             `and if nothing does${mfu(timeline)}.`,
         ];
   const lower = timeline.problems.length
-    ? el(
-        "ul",
-        { class: "warn" },
-        timeline.problems.map((text) => el("li", {}, `Lower bound: ${text}`)),
+    ? list(
+        timeline.problems.map((text) => `Lower bound: ${text}`),
+        ".warn",
       )
     : "";
-  return el("div", {}, el("p", {}, how), lower);
+  return el("div", el("p", how), lower);
 }
 
 function mfu({ mfu, best_mfu }) {
@@ -86,20 +71,13 @@ function lanes({ segments, blocks }) {
     lane[one.kind].push(block(start, length, total, kind, text));
   }
   const drawn = LANES.map((name) =>
-    el(
-      "div",
-      { class: "lane" },
-      el("span", { class: "name" }, name),
-      el("div", { class: "track" }, lane[name]),
-    ),
+    el("div.lane", el("span.name", name), el("div.track", lane[name])),
   );
   return el(
-    "figure",
-    { class: "lanes" },
+    "figure.lanes",
     el("div", { "aria-hidden": "true" }, drawn, scale(total)),
     el(
-      "figcaption",
-      { class: "quiet" },
+      "figcaption.quiet",
       legend(segments),
       " Blocks are in the order of their start; the trips of a loop are summed.",
     ),
@@ -115,12 +93,10 @@ const block = (from, length, total, kind, text) =>
 
 const scale = (total) =>
   el(
-    "div",
-    { class: "lane scale" },
+    "div.lane.scale",
     el("span", {}),
     el(
-      "div",
-      { class: "track" },
+      "div.track",
       [0, 0.25, 0.5, 0.75, 1].map((part) =>
         el("span", { style: { left: `${100 * part}%` } }, seconds(part * total)),
       ),
@@ -147,18 +123,8 @@ function ends({ compute, memory, exposed, high }) {
     ["communication", exposed],
   ];
   return el(
-    "div",
-    { class: "memory" },
-    rows.map(([name, time]) =>
-      el(
-        "div",
-        { class: "held" },
-        el("span", {}, name),
-        bar(time, high),
-        el("span", { class: "number" }, seconds(time)),
-        el("span", { class: "number quiet" }, percent(time, high)),
-      ),
-    ),
+    "div.memory",
+    rows.map(([name, time]) => held(name, bar(time, high), seconds(time), time, high)),
   );
 }
 
@@ -176,50 +142,26 @@ function exposed(timeline) {
           ? ` (${seconds(axes.get(name || "none") ?? 0)} exposed)`
           : ""),
     );
-  return el(
-    "p",
-    {},
-    parts.length ? `Communication over: ${parts.join("; ")}.` : "No communication.",
-  );
+  return el("p", parts.length ? `Communication over: ${parts.join("; ")}.` : "No communication.");
 }
 
 function segment_table({ segments, source }) {
   const total = sum(segments, (one) => (one.kind === "compute" ? one.seconds : one.exposed));
   const turn = (one) => (one.kind === "compute" ? one.seconds : one.exposed);
-  const spent = {
-    title: "adds to the step",
-    value: turn,
-    number: true,
-    show: (one) => seconds(turn(one)),
-  };
-  const made = table(
-    [
-      { title: "phase", value: (one) => one.phase },
-      { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
-      { title: "source", value: (one) => one.where, wide: true },
-      { title: "kind", value: (one) => one.kind },
-      { title: "axes", value: (one) => (one.kind === "compute" ? "" : joined(one.axes)) },
-      {
-        title: "takes",
-        value: (one) => one.seconds,
-        number: true,
-        show: (one) => seconds(one.seconds),
-      },
-      spent,
-      { title: "share", value: turn, number: true, show: (one) => percent(turn(one), total) },
-    ],
-    { caption: "Blocks of the timeline", sort: spent },
-  );
-  made.fill(segments);
-  return el(
-    "details",
-    {},
-    el(
-      "summary",
-      {},
-      `${plural(segments.length, "block")} of the ` +
-        (source === "schedule" ? "schedule" : "roofline, nothing overlapped"),
-    ),
-    made.node,
+  const spent = amount("adds to the step", turn, seconds);
+  const columns = [
+    column("phase"),
+    column("scope", (one) => one.scope || "(no scope)", { wide: true }),
+    column("source", "where", { wide: true }),
+    column("kind"),
+    column("axes", (one) => (one.kind === "compute" ? "" : joined(one.axes))),
+    amount("takes", "seconds", seconds),
+    spent,
+    amount("share", turn, (n) => percent(n, total)),
+  ];
+  const how = source === "schedule" ? "schedule" : "roofline, nothing overlapped";
+  return fold(
+    `${plural(segments.length, "block")} of the ${how}`,
+    filled(segments, columns, { caption: "Blocks of the timeline", sort: spent }),
   );
 }

@@ -34,20 +34,15 @@ class MeasuredTimes:
 
     A device also waits in a collective for the others. On simulated devices, which share the
     processors of one machine, times say nothing of a real network.
-
-    Attributes:
-      path: the profile.
-      collectives: for each row of the ledger seconds per step and device: the mean of its
-        executions × how often it runs; None where the profile does not have it. The rows of one
-        instruction have its whole time each.
-      executions: for each row the number of executions measured, over all devices.
-      label: `"measured"`.
     """
 
-    path: str
+    path: str  # the profile
+    # for each row of the ledger seconds per step and device: the mean of its executions × how often
+    # it runs; None where the profile does not have it. The rows of one instruction have its whole
+    # time each.
     collectives: tuple[float | None, ...]
-    executions: tuple[int, ...]
-    label: str = "measured"
+    executions: tuple[int, ...]  # for each row the number of executions measured, over all devices
+    label: str = "measured"  # `"measured"`
 
 
 def read_profile(path: str | os.PathLike[str], ledger: Ledger) -> MeasuredTimes:

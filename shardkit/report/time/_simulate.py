@@ -34,22 +34,17 @@ Key = tuple[str, str, str, Axes]
 
 @dataclasses.dataclass
 class Simulated:
-    """Simulated time of one execution of a computation.
+    """Simulated time of one execution of a computation."""
 
-    Attributes:
-      seconds: from the first to the last instruction.
-      parts: (phase, scope, "compute" or "communication", mesh axes) → [seconds, exposed seconds].
-      places: the same key → seconds and place (see `place_of`) of its longest operation.
-      estimated: number of operations with an estimate of the compiler.
-      guessed: name of an operation without an estimate → count.
-      kernels: the same for hand-written kernels.
-    """
-
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the first to the last instruction
+    # (phase, scope, "compute" or "communication", mesh axes) → [seconds, exposed seconds]
     parts: dict[Key, list[float]] = dataclasses.field(default_factory=dict)
+    # the same key → seconds and place (see `place_of`) of its longest operation
     places: dict[Key, tuple[float, str]] = dataclasses.field(default_factory=dict)
-    estimated: int = 0
+    estimated: int = 0  # number of operations with an estimate of the compiler
+    # name of an operation without an estimate → count
     guessed: dict[str, int] = dataclasses.field(default_factory=dict)
+    # the same for hand-written kernels
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, key: Key, seconds: float, exposed: float, place: str = "") -> None:
@@ -189,11 +184,7 @@ class ScheduleSimulator:
             self._wait(result, end, key)
 
     def _receive(
-        self,
-        result: Simulated,
-        transfers: _Transfers,
-        here: Computation,
-        instruction: Instruction,
+        self, result: Simulated, transfers: _Transfers, here: Computation, instruction: Instruction
     ) -> None:
         end, key = transfers.ends[instruction.operands[0]]
         if instruction.opcode == "fusion":

@@ -49,19 +49,12 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A part of a segment at its place on the clock of the step.
+    """A part of a segment at its place on the clock of the step."""
 
-    Attributes:
-      segment: what it is a part of.
-      start: seconds from the start of the step.
-      seconds: its duration.
-      hidden: communication behind compute.
-    """
-
-    segment: Segment
-    start: float
-    seconds: float
-    hidden: bool = False
+    segment: Segment  # what it is a part of
+    start: float  # seconds from the start of the step
+    seconds: float  # its duration
+    hidden: bool = False  # communication behind compute
 
 
 @dataclasses.dataclass(frozen=True)

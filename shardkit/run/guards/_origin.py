@@ -83,16 +83,11 @@ _Flag = tuple[Any, _Site, jax.Array]
 
 
 def first_nonfinite(jaxpr: ClosedJaxpr, args: Sequence[Any]) -> Origin | None:
-    """Runs a program and finds the first operation whose result is not finite.
+    """Runs a program with flat arguments and finds the first operation whose result is not finite.
 
-    Args:
-      jaxpr: the program; a `shard_map`, a branch and a loop of unknown length each count as one
-        operation.
-      args: its arguments, flat.
-
-    Returns:
-      The operation, or None if no operation makes such a number of finite operands: either the
-      arguments contain it already, or everything is finite.
+    A `shard_map`, a branch and a loop of unknown length each count as one operation. None if no
+    operation makes such a number of finite operands: either the arguments contain it already, or
+    everything is finite.
     """
     sites: list[tuple[Any, _Site]] = []
 

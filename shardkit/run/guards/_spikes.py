@@ -14,17 +14,11 @@ _RECENT = 5
 
 @dataclasses.dataclass(frozen=True)
 class Spike:
-    """A value far above those before it.
+    """A value far above those before it."""
 
-    Attributes:
-      value: the value.
-      expected: the level of the values before it.
-      limit: the smallest value that is not a spike.
-    """
-
-    value: float
-    expected: float
-    limit: float
+    value: float  # the value
+    expected: float  # the level of the values before it
+    limit: float  # the smallest value that is not a spike
 
 
 class SpikeDetector:

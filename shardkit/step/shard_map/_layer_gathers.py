@@ -19,14 +19,9 @@ def find_layer_gathers(
 ) -> tuple[dict[Names, Dims], list[Dims]]:
     """Finds the weights that layers gather, in a loss of `(params, ...)` traced on whole arrays.
 
-    Args:
-      loss: the program.
-      params: the parameters, with their logical axes.
-      storages: for each, the mesh axes per dim that split it in storage but not in its products.
-
-    Returns:
-      The mesh axes per dim that layers gather, for the logical axes of a weight; and those that
-      the step gathers before it calls the loss, for each parameter.
+    For each parameter, `storages` has the mesh axes per dim that split it in storage but not in its
+    products. Returns the mesh axes per dim that layers gather, for the logical axes of a weight;
+    and those that the step gathers before it calls the loss, for each parameter.
     """
     others = [None] * (len(loss.invars) - len(params))
     uses = find_param_uses(loss, [*(leaf.path for leaf in params), *others])
