@@ -15,6 +15,7 @@ from shardkit.report import FINDINGS
 from . import test_findings, test_idle_options, test_miscompiled, test_row_axes, test_step_report
 from ._misplaced import declare
 from ._misplaced_models import MODELS
+from ._misplaced_two import TWO
 
 EMBED, MLP = 256, 1024
 HAND = sk.Strategy(
@@ -329,6 +330,38 @@ def test_the_fix_of_a_misplaced_declaration_ends_what_is_sent(name):
     assert kind not in {one.kind for one in after.findings}
     total = before.ledger.total()
     assert after.ledger.total() <= max(0.75 * total, total - before.findings[0].bytes)
+
+
+def test_what_no_fix_brings_down_is_kept_apart_in_every_form():
+    spec, mesh = declare("", TWO["heads that are not divided"].both)
+    step = spec.compile(mesh.build())
+    plain, tried = step.report(), step.report(try_fixes=True)
+    assert "Fix, not tried: params=" in str(plain)
+    assert (plain.kept, tried.findings) == ((), ())
+    (kept,) = tried.kept
+    assert kept.tried
+    assert kept.remaining > tried.ledger.total()
+    assert f"Kept, since no fix is known to send less: {kept.kind} 16.00 KiB, " in str(tried)
+    again = sk.report.Report.from_json(tried.to_json())
+    assert again.kept == tried.kept
+    assert not any(cost.in_findings for cost in again.by_source())
+
+
+def test_a_mode_that_has_no_place_for_an_axis_is_no_fix():
+    def loss(params, batch, key):
+        return sum(jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"]) ** 2) for x in batch["x"])
+
+    step = sk.compile_step(
+        loss,
+        optax.adam(1e-3),
+        init=init,
+        batch={"x": (jnp.ones((64, EMBED)), jnp.ones((64, EMBED)))},
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=HAND,
+    )
+    report = step.report()
+    assert not any("shard_map" in one.fix for one in report.findings)
+    assert {one.kind for one in report.kept} == {"repeated_reduction"}
 
 
 def test_moments_laid_out_as_the_fix_says_are_not_moved():

@@ -26,8 +26,9 @@ from .communication._minimum import Minimum
 from .findings._finding import AGREE, FOLLOW, MOVE, Finding
 from .findings._findings import FINDINGS
 from .findings._miscompiled import read_miscompiled
-from .findings._odd_declarations import find_split_dim
+from .findings._odd_declarations import move_dims
 from .hlo._scope import phase_of, scope_of
+from .hlo._source_lines import restore_paths
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
@@ -70,13 +71,14 @@ __all__ = [
     "find_batch_axes",
     "find_profile",
     "find_readers",
-    "find_split_dim",
     "layouts_of_others",
     "model_time",
+    "move_dims",
     "phase_of",
     "read_ledger",
     "read_memory",
     "read_miscompiled",
+    "restore_paths",
     "scope_of",
     "suggest_memory_savings",
     "wire_bytes",

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.equations import is_written_in, name_derivative_rule, source_of_equation
 from .._core.scope_markers import OF_THE_STEP
+from .._core.source import Source
 from ..nn._constrain import constrain_p
 from ..report import (
     PRODUCTS,
@@ -23,6 +24,7 @@ from ..report import (
 from ..rules import axes_of
 from ._activations import Activations
 from ._disagreements import Declared, Disagreements, Group
+from ._missing_rows import find_missing_rows
 from ._split_dims import DeclaredLayout, find_split_dims
 
 # Operations that compute each element of their result from one element of each operand.
@@ -54,21 +56,31 @@ def find_governing_constraints(
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
-    leaves = list(_declared_leaves(jaxpr, placed, rows))
-    declared: list[Declared] = [declaration for _, declaration in leaves]
-    declared += [
+    constrained = [
         (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
     ]
-    whole = (
-        who for leaf, (who, *_) in leaves if leaf.part != "batch" and not {*leaf.axes()} - {*rows}
-    )
-    disagreements = Disagreements(jaxpr, declared, dict(activations.mesh.shape), set(whole))
+    sizes = dict(activations.mesh.shape)
+
+    def compare(placed: Sequence[PlacedLeaf], rows: Collection[str]) -> Disagreements:
+        leaves = list(_declared_leaves(jaxpr, placed, rows))
+        whole = {
+            who
+            for leaf, (who, *_) in leaves
+            if leaf.part != "batch" and not {*leaf.axes()} - {*rows}
+        }
+        return Disagreements(jaxpr, [*(one for _, one in leaves), *constrained], sizes, whole)
+
+    disagreements = compare(placed, rows)
+    leaves = _declared_leaves(jaxpr, placed, rows)
     suspects = _Suspects(
         dict(reversed([*zip(lines, found, strict=True)])),  # the first of each line
         [(leaf, of) for leaf, of in leaves if not _splits_rows(leaf, rows)],
     )
     wrong = _find_wrong(disagreements, suspects)
+    missing = find_missing_rows(placed, rows, sizes, wrong, compare)
+    wrong |= dict.fromkeys(missing.axes, frozenset[Hashable](missing.leaves))
     odd = [
+        *missing.declarations(_find_lines(jaxpr, placed, missing.leaves), disagreements),
         *_odd_constraints(disagreements, suspects, wrong),
         *_odd_leaves(disagreements, suspects, wrong, jaxpr),
     ]
@@ -81,8 +93,24 @@ def find_governing_constraints(
             if not backward or line not in forward
         ],
         odd,
-        list(find_split_dims(disagreements, suspects.declarations())),
+        [
+            one
+            for one in find_split_dims(disagreements, suspects.declarations())
+            if one.axis not in missing.axes
+        ],
     )
+
+
+def _find_lines(
+    jaxpr: core.Jaxpr, placed: Sequence[PlacedLeaf], leaves: Collection[PlacedLeaf]
+) -> dict[PlacedLeaf, list[Source]]:
+    """The lines that read each of some leaves."""
+    variables = zip(placed, jaxpr.invars, strict=False)
+    return {
+        leaf: [line for line, _ in find_readers(jaxpr, variable)]
+        for leaf, variable in variables
+        if leaf in leaves
+    }
 
 
 class _Suspects:
@@ -143,7 +171,9 @@ def _find_wrong(disagreements: Disagreements, suspects: _Suspects) -> dict[str, 
     of_state = {who for who, ((leaf, _), *_) in suspects.leaves.items() if leaf.part == _STATE}
     likely = suspects.constraints, of_state
     least = disagreements.find_least(possible, suspects.units, likely)
-    return {axis: frozenset.intersection(*sets) for axis, sets in least.items()}
+    at_odds = (axis for axis in disagreements.axes if not disagreements.agree(axis))
+    certain = {axis: frozenset.intersection(*sets) for axis, sets in least.items()}
+    return dict.fromkeys(at_odds, frozenset[Hashable]()) | certain
 
 
 def _odd_constraints(

@@ -62,7 +62,9 @@ def find_split_dims(
             dims = zip(roots, one.dims, strict=True)
             layout = tuple(_move(split, to, root, axes) for root, axes in dims)
             changed.append(one.change(split.source, split.axis, layout))
-        yield SplitDim(split.source, split.axis, tuple(changed))
+        # Several matrices that agree are a pair, and no mistake.
+        paired = to is None and len(users) > 1 and all(one.leaves for one in users)
+        yield SplitDim(split.source, split.axis, () if paired else tuple(changed))
     for one in declarations.values():
         for axis in {axis for axes in one.dims for axis in axes or () if one.source}:
             layout = (axes and tuple(a for a in axes if a != axis) for axes in one.dims)

@@ -12,7 +12,7 @@ from ..._core.source import Source
 from .._placed_leaf import PlacedLeaf
 from ..hlo._hlo import parse_shapes
 from ..hlo._scope import last_name
-from ._entries import EXPLICIT, PRODUCTS, find_entry, splits_matrix, weights_of_products
+from ._entries import EXPLICIT, PRODUCTS, find_entry, splits_matrix
 from ._governing import OddDeclaration, find_governing
 from ._ledger import LedgerRow
 from ._line_graph import LineGraph
@@ -73,7 +73,7 @@ class Causes:
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
         self._entries: dict[tuple[str, ...], Source | None] = {}
         self._lines = program.jaxpr and LineGraph(program.jaxpr.jaxpr)
-        self.weights = weights_of_products(program)
+        self.weights = program.weights
         self.constraint_lines = {one.source for one in program.declared.governing}
 
     def find(self, sent: Transfer) -> tuple[Source | None, str]:

@@ -122,7 +122,7 @@ class SplitDim:
       source: the operation's line.
       axis: the mesh axis that splits it.
       declarations: all that split it so, each with a layout of its own in which the axis splits
-        another dim of the operation, or none.
+        another dim of the operation, or none; () of matrices that could only all be whole.
     """
 
     source: Source

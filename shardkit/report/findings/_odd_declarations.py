@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..._core.source import Source
 from ..._core.tree import format_bytes
@@ -19,6 +19,8 @@ _KINDS = frozenset(
     """parameter_gather resharding dim_gather product_gather activation_gather gradient_gather
     stored_contraction split_contraction spec_mismatch replicated_activation""".split()
 )
+_OF_PRODUCTS = ("product_gather", "split_contraction")
+Axes = tuple[str, ...]
 _WHY = "which all other declarations agree with"
 
 
@@ -55,20 +57,66 @@ def _with_layouts(finding: Finding, odd: Sequence[OddDeclaration], program: Prog
 
 def _with_another_dim(finding: Finding, program: Program) -> Finding:
     """The finding; of a dim that an operation of its line needs, with what splits another one."""
-    of = find_split_dim(finding, program.declared.split_dims)
     tried = finding.alternatives or not finding.rows or finding.kind not in _KINDS
-    if of is None or tried:
+    moved = () if tried else move_dims(finding, program)
+    if not moved:
         return finding
+    axes = {*finding.axes}
+    names = [
+        axis for axis in program.sizes if axis in axes & {a for one in moved for a in one.axes}
+    ]
     return dataclasses.replace(
         finding,
-        fix=f"{' and '.join(_suggest_layouts(of.declarations, program))}, so that what is "
-        f"computed at {of.source} has all of the dim that {of.axis} splits",
+        fix=f"{' and '.join(_suggest_layouts(moved, program))}, so that what is "
+        f"computed at {moved[0].source} has all of the dim that {', '.join(names)} splits",
         alternatives=(MOVE,),
-        declarations=tuple(one.declared_by for one in of.declarations),
+        declarations=tuple(one.declared_by for one in moved),
     )
 
 
-def find_split_dim(finding: Finding, split_dims: Iterable[SplitDim]) -> SplitDim | None:
+def move_dims(finding: Finding, program: Program) -> tuple[OddDeclaration, ...]:
+    """What splits a dim that an operation of a finding's line needs, with another dim split.
+
+    Of weights that nothing says that of, those that the line's products multiply with: what they
+    sum becomes their columns, and the other way round.
+    """
+    split = _find_split_dim(finding, program.declared.split_dims)
+    if split is not None and split.declarations:
+        return split.declarations
+    line = finding.source
+    if line is None or finding.kind not in _OF_PRODUCTS:
+        return ()
+    read = program.weights.get((line.file, line.line), [])
+    moved = ((leaf, _swap(leaf, finding.axes, program)) for leaf in read)
+    return tuple(
+        OddDeclaration(
+            line,
+            frozenset(finding.axes),
+            f"{leaf.declared_by} of {leaf.name}",
+            shape=leaf.leaf.shape,
+            layout=dims,
+            sums=frozenset(),
+            leaves=(leaf,),
+        )
+        for leaf, dims in moved
+        if dims != leaf.dims()
+    )
+
+
+def _swap(leaf: PlacedLeaf, axes: Collection[str], program: Program) -> tuple[Axes, ...]:
+    """The dims of a matrix, or of a stack of these, with axes on its other dim if that divides."""
+    *stack, rows, columns = ((), *leaf.dims()) if len(leaf.leaf.shape) < 2 else leaf.dims()
+    here = {*axes} & {*rows, *columns}
+    swapped = [
+        (*(a for a in own if a not in here), *(a for a in other if a in here))
+        for own, other in ((rows, columns), (columns, rows))
+    ]
+    sizes = zip(leaf.leaf.shape[-2:], swapped, strict=False)
+    fits = all(n % math.prod(program.sizes[a] for a in dim) == 0 for n, dim in sizes)
+    return (*stack, *swapped) if len(leaf.leaf.shape) > 1 and fits else leaf.dims()
+
+
+def _find_split_dim(finding: Finding, split_dims: Iterable[SplitDim]) -> SplitDim | None:
     """The dim of the largest arrays, of those that an operation of a finding's line needs whole.
 
     Compilers can give a gather the line before. So it is the only one of the step, too.

@@ -166,13 +166,14 @@ def _is_widened(row: LedgerRow, index: int, program: Program) -> bool:
         return False
     (local,) = parse_shapes(row.operands[index])
     source = row.sources[index] if row.sources else None
+    widened = []
     for eqn in equations(program.jaxpr.jaxpr) if program.jaxpr and source else ():
         own = source_of_equation(eqn) if eqn.primitive.name in PRODUCTS else None
         if own and source and (own.file, own.line) == (source.file, source.line):
             made: Any = eqn.outvars[0].aval
             if is_shard_summed(local.dims, made.shape, row.axes, program.sizes):
-                return 0 < _largest_activation(eqn, program) < math.prod(made.shape)
-    return False
+                widened.append(0 < _largest_activation(eqn, program) < math.prod(made.shape))
+    return bool(widened) and all(widened)  # which one of the line it is, is not known
 
 
 def _largest_activation(product: core.JaxprEqn, program: Program) -> int:

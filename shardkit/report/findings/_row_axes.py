@@ -115,8 +115,10 @@ def _repeated(
         why=f"{times:.3g} gradients are reduced over {axis!r} where {len(leaves)} would do, of "
         f"{', '.join(leaf.name for leaf in leaves[:3])}{', …' if leaves[3:] else ''}: one for each "
         "use of a parameter",
-        fix='mode="shard_map", which adds them up on each device and reduces once',
-        alternatives=("shard_map",),
+        fix='mode="shard_map", which adds them up on each device and reduces once'
+        if program.fits_shard_map
+        else "",
+        alternatives=("shard_map",) if program.fits_shard_map else (),
     )
 
 
@@ -241,7 +243,7 @@ def _with_remedy(program: Program, finding: Finding | None) -> Iterator[Finding]
     """The finding with what ends it: a constraint where rows are lost first, or another mode."""
     if finding is None:
         return
-    first, lost = finding.source, ["shard_map"]
+    first, mode = finding.source, ["shard_map"] if program.fits_shard_map else []
     where = f" at {first}" if first else ""
     line = (first.file, first.line) if first else ("", 0)
     axes = tuple(axis for axis in program.sizes if axis in program.batch_axes)
@@ -250,12 +252,13 @@ def _with_remedy(program: Program, finding: Finding | None) -> Iterator[Finding]
     known = set(axes) <= set(program.declared.activation_axes)
     if any((one.source.file, one.source.line) == line for one in program.declared.governing):
         fix, lost = f'sk.nn.constrain(x, "batch", ...){where}: rows stay where they are', []
-    elif any(line in one.lines for one in program.declared.governing):
-        fix = f'mode="shard_map", which gathers the weights used{where} instead'
+    elif mode and any(line in one.lines for one in program.declared.governing):
+        fix, lost = f'mode="shard_map", which gathers the weights used{where} instead', mode
     else:
         fix = f'x = sk.nn.constrain(x, "batch", ...) with the result{where}, where rows are lost '
-        fix += "first" + ("" if known else f", and activations={rule}") + '; or mode="shard_map"'
-        lost = ["constrain", "shard_map"] if first else lost
+        fix += "first" + ("" if known else f", and activations={rule}")
+        fix += '; or mode="shard_map"' if mode else ""
+        lost = ["constrain", *mode] if first else mode
     yield dataclasses.replace(finding, fix=fix, alternatives=tuple(lost))
 
 

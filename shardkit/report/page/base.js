@@ -17,6 +17,8 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+const button = (attributes, text = "") => el("button", { type: "button", ...attributes }, text);
+
 function svg(tag, attributes, ...children) {
   const node = document.createElementNS(document.getElementById("svg").namespaceURI, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);

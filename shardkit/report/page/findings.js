@@ -1,9 +1,12 @@
 function draw_findings() {
-  const rows = report.findings;
+  const { findings: rows, kept } = report;
   const target = section("findings", "Findings", ["compiled"]);
-  if (!rows.length) return target.append(el("p", { class: "quiet" }, "None."));
+  const title = el("summary", {}, `${kept.length} more, without a better fix`);
+  const folded = el("ol", { class: "findings" }, ...kept.map(finding));
+  const below = kept.length ? el("details", {}, title, folded) : "";
+  if (!rows.length) return target.append(el("p", { class: "quiet" }, "None."), below);
   const list = el("ol", { class: "findings" });
-  const more = el("button", { type: "button", class: "more", onclick: () => grow() });
+  const more = button({ class: "more", onclick: () => grow() });
   let shown = 0;
   function grow(step = 40) {
     list.append(...rows.slice(shown, shown + step).map(finding));
@@ -13,7 +16,7 @@ function draw_findings() {
     more.textContent = `Show ${integer(Math.min(40, left))} more of ${integer(left)}`;
   }
   grow(6);
-  target.append(list, more);
+  target.append(list, more, below);
 }
 
 function finding(one) {
@@ -30,35 +33,35 @@ function finding(one) {
       el("span", { class: "about" }, about.filter(Boolean).join(" ")),
       one.bytes ? el("span", { class: "bytes" }, bytes(one.bytes)) : "",
       leaf
-        ? el("button", { type: "button", class: "link", onclick: shows }, "Show its layout")
+        ? button({ class: "link", onclick: shows }, "Show its layout")
         : "",
     ),
     el("p", {}, one.why),
-    copyable(one.fix),
+    one.fix ? copyable(one) : "",
   );
 }
 
-function copyable(text) {
+function copyable({ fix: text, tried, bytes }) {
   const code = el("code", {}, text);
   const copy = async (event) => {
-    const button = event.currentTarget;
+    const own = event.currentTarget;
     try {
       await navigator.clipboard.writeText(text);
-      button.textContent = "Copied";
+      own.textContent = "Copied";
     } catch {
       // A browser that refuses the clipboard still lets the user copy a selection.
       getSelection().selectAllChildren(code);
-      button.textContent = "Selected";
+      own.textContent = "Selected";
     }
     setTimeout(() => {
-      button.textContent = "Copy";
+      own.textContent = "Copy";
     }, 1500);
   };
   return el(
     "div",
     { class: "fix" },
-    el("span", { class: "name" }, "Fix"),
+    el("span", { class: "name" }, tried || !bytes ? "Fix" : "Fix, not tried"),
     code,
-    el("button", { type: "button", "aria-label": "Copy the fix", onclick: copy }, "Copy"),
+    button({ "aria-label": "Copy the fix", onclick: copy }, "Copy"),
   );
 }

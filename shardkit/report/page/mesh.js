@@ -79,9 +79,9 @@ function grid(fixed, down, across, paint) {
         const place = { ...Object.fromEntries(report.mesh.map(([axis]) => [axis, 0])), ...fixed };
         if (across[0]) place[across[0]] = i;
         if (down[0]) place[down[0]] = j;
-        const button = el("button", { type: "button", class: "device", tabindex: "-1" });
-        paint(button, place);
-        return el("td", {}, button);
+        const device = button({ class: "device", tabindex: "-1" });
+        paint(device, place);
+        return el("td", {}, device);
       }),
     );
   });

@@ -2,7 +2,7 @@
 // is the sort key, `show` the text of the cell. Long tables grow by PAGE rows at a time.
 function table(columns, { caption, sort = null, row = () => ({}), empty = "None." }) {
   const body = el("tbody");
-  const more = el("button", { type: "button", class: "more" });
+  const more = button({ class: "more" });
   const state = { rows: [], shown: PAGE, sort, descending: true };
   const heads = columns.map((column) => head(column, state, draw));
   const made = el(
