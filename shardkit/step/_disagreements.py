@@ -92,6 +92,8 @@ class Disagreements:
         # Keys of 2 heads are whole over 4 devices since nothing divides them.
         excused: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
         self._undivided = set(self._find_undivided(declared, sizes, excused))
+        for cut in {(root, axis) for root, axis, _ in self._undivided}:
+            excused.pop(cut, None)  # somebody splits them all the same
         self._conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
         for (root, axis), users in self._split.items():
             others = self._named[root] - users - excused[root, axis]
@@ -116,7 +118,8 @@ class Disagreements:
         """Adds what splits of a dim say of the two that it is reshaped to: keys of 2 heads by 4.
 
         The columns of the keys, 16 by 4, are 2 heads of 8: each device has half of a head. So
-        the elements of heads are split too, where those of 8 queries are whole.
+        the elements of heads are split too, where those of 8 queries are whole. Who leaves such
+        columns whole is `excused`.
 
         Yields:
           The class of such a dim, the axis, and the dim's size.

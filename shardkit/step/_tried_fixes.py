@@ -186,7 +186,8 @@ class _Trials:
                 compiled = build_program(changed, functions.layout, functions.train, ())
                 self._known[which] = self.read(compiled)
             except ShardkitError as error:
-                self._known[which] = _Outcome(None, refused=str(error).splitlines()[0])
+                said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+                self._known[which] = _Outcome(None, refused=said)
         return self._known[which]
 
     def _apply(self, changes: Sequence[_Change]) -> "StepSpec":

@@ -72,6 +72,10 @@ class Causes:
         stored = {"weights", "optimizer_state"}
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
         self._entries: dict[tuple[str, ...], Source | None] = {}
+        leaves = (axis for leaf in program.leaves for axis in leaf.axes())
+        dims = (dim for one in program.declared.governing for dim in one.dims)
+        # What nothing is declared over, a partitioner uses where it has to move something else.
+        self._unused = {*program.sizes} - {*leaves} - {axis for dim in dims for axis in dim}
         self._lines = program.jaxpr and LineGraph(program.jaxpr.jaxpr)
         self.weights = program.weights
         self.constraint_lines = {one.source for one in program.declared.governing}
@@ -133,7 +137,8 @@ class Causes:
         row = sent.row
         if row.phase == "update" and self._program.own_layouts(row.axes):
             return None  # moments are laid out unlike their parameter
-        over = [one for one in self._program.declared.odd if one.axes & {*row.axes}]
+        declared = self._program.declared.odd
+        over = [one for one in declared if one.axes & {*row.axes} or self._unused & {*row.axes}]
         odd = [one for one in over if not one.either] or over
         if odd and odd[0].either and len({one.source for one in odd}) > 1:
             return None

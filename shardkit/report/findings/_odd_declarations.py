@@ -5,12 +5,15 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from jax.sharding import PartitionSpec
+
 from ..._core.source import Source
 from ..._core.tree import format_bytes
 from .._placed_leaf import PlacedLeaf
 from .._program import Program
 from ..communication._governing import OddDeclaration, SplitDim, layouts_of_others
 from ..communication._ledger import Ledger
+from ..hlo._hlo import parse_shapes
 from ._finding import AGREE, MOVE, Finding, bytes_by_source
 from ._messages import format_spec
 
@@ -65,10 +68,15 @@ def _with_another_dim(finding: Finding, program: Program) -> Finding:
     names = [
         axis for axis in program.sizes if axis in axes & {a for one in moved for a in one.axes}
     ]
+    why = f"so that what is computed at {moved[0].source} has all of the dim that "
+    why += f"{', '.join(names)} splits"
+    if finding.kind == "gradient_gather" and not {*finding.axes} & {
+        a for one in moved for leaf in one.leaves for a in leaf.axes()
+    }:
+        why = "as their gradients are split"
     return dataclasses.replace(
         finding,
-        fix=f"{' and '.join(_suggest_layouts(moved, program))}, so that what is "
-        f"computed at {moved[0].source} has all of the dim that {', '.join(names)} splits",
+        fix=f"{' and '.join(_suggest_layouts(moved, program))}, {why}",
         alternatives=(MOVE,),
         declarations=tuple(one.declared_by for one in moved),
     )
@@ -78,16 +86,21 @@ def move_dims(finding: Finding, program: Program) -> tuple[OddDeclaration, ...]:
     """What splits a dim that an operation of a finding's line needs, with another dim split.
 
     Of weights that nothing says that of, those that the line's products multiply with: what they
-    sum becomes their columns, and the other way round.
+    sum becomes their columns, and the other way round; or their gradient's own split.
     """
     split = _find_split_dim(finding, program.declared.split_dims)
     if split is not None and split.declarations:
         return split.declarations
     line = finding.source
-    if line is None or finding.kind not in _OF_PRODUCTS:
+    if line is None:
         return ()
     read = program.weights.get((line.file, line.line), [])
-    moved = ((leaf, _swap(leaf, finding.axes, program)) for leaf in read)
+    if finding.kind == "gradient_gather":
+        moved = [(leaf, _like_gradient(leaf, finding, program)) for leaf in read]
+    elif finding.kind in _OF_PRODUCTS:
+        moved = [(leaf, _swap(leaf, finding.axes, program)) for leaf in read]
+    else:
+        return ()
     return tuple(
         OddDeclaration(
             line,
@@ -101,6 +114,22 @@ def move_dims(finding: Finding, program: Program) -> tuple[OddDeclaration, ...]:
         for leaf, dims in moved
         if dims != leaf.dims()
     )
+
+
+def _like_gradient(leaf: PlacedLeaf, finding: Finding, program: Program) -> tuple[Axes, ...]:
+    """The dims of a parameter, split as the parts of its gradient that a finding's rows gather."""
+    rows = (program.ledger[number] for number in finding.rows)
+    texts = (text for row in rows for text in row.operands)
+    parts = {tuple(sorted(shape.dims)) for text in texts for shape in parse_shapes(text)}
+    for dim, axes in enumerate(leaf.dims()):
+        split = (*leaf.dims()[:dim], (*axes, *finding.axes), *leaf.dims()[dim + 1 :])
+        like = dataclasses.replace(leaf, spec=PartitionSpec(*split))
+        if (
+            not {*finding.axes} & {*leaf.axes()}
+            and tuple(sorted(like.shard(program.sizes))) in parts
+        ):
+            return split
+    return leaf.dims()
 
 
 def _swap(leaf: PlacedLeaf, axes: Collection[str], program: Program) -> tuple[Axes, ...]:
@@ -163,7 +192,7 @@ def _join(
 
 
 def _find_blamed(
-    finding: Finding, ledger: Ledger, declarations: Iterable[OddDeclaration]
+    finding: Finding, ledger: Ledger, declarations: Sequence[OddDeclaration]
 ) -> OddDeclaration | None:
     """The declaration that causes what a finding says; None if none of these does."""
     if finding.kind not in _KINDS:
