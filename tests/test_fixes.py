@@ -64,7 +64,7 @@ def test_an_activation_that_is_constrained_gathers_no_parameter():
     step = compiled(loss_with("batch", None), rows=4096)
     sent, *_ = (one for one in step.report().findings if one.rows)
     assert "; beside it parameter_gather, " in sent.why
-    assert sent.fix.startswith("P('data', 'tensor') in the constraint at ")
+    assert sent.fix.startswith("sk.nn.constrain(x, 'batch', 'mlp') in the constraint at ")
     assert {one.axes for one in found(step, "replicated_activation")} == {("tensor",)}
     assert not found(compiled(loss_with("batch", "mlp")), "parameter_gather")
 
@@ -250,7 +250,7 @@ MENDED = {
     ),
     "one name": Mended(
         "parameter_gather",
-        "P('data', 'tensor') in the constraint at ",
+        "sk.nn.constrain(x, 'batch', 'mlp') in the constraint at ",
         {"loss": disagreeing("batch", None)},
         {"loss": disagreeing("batch", "mlp")},
     ),
@@ -304,7 +304,7 @@ FIXED = {
     ),
     "residual_constrained_twice": (
         "spec_mismatch",
-        "P('data', None, None) in the constraint at ",
+        "sk.nn.constrain(x, 'batch', None, None) in the constraint at ",
         {"activations": sk.AxisRules({"batch": "data", "embed": None})},
     ),
     "average_of_another_layout": (
@@ -330,6 +330,19 @@ def test_the_fix_of_a_misplaced_declaration_ends_what_is_sent(name):
     assert kind not in {one.kind for one in after.findings}
     total = before.ledger.total()
     assert after.ledger.total() <= max(0.75 * total, total - before.findings[0].bytes)
+
+
+def test_a_name_that_parameters_have_too_is_mapped_as_theirs():
+    """What activations say of it is wrong; the fix, pasted, sends what it was tried to send."""
+    strategy = sk.strategies.data() | sk.strategies.tensor()
+    wrong = strategy.with_names(activations={"mlp": None})
+    report = compiled(loss_with("batch", "mlp"), wrong).report(try_fixes=True)
+    finding = report.findings[0]
+    code, *_ = finding.fix.partition(", which all other declarations agree with")
+    assert code == "strategy.with_names(activations={'mlp': 'tensor'})"
+    mended = eval(code, {"strategy": wrong})
+    after = compiled(loss_with("batch", "mlp"), mended).report().ledger.total()
+    assert finding.remaining == after < report.ledger.total()
 
 
 def test_what_no_fix_brings_down_is_kept_apart_in_every_form():

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,13 +17,9 @@ from .source import Frame, Source, choose_source, package_of
 def source_of_equation(equation: Any) -> Source | None:
     """The source of a jaxpr's equation; None if it has none."""
     trace = equation.source_info.traceback
-    return _source_of(trace) if trace else None
-
-
-@functools.lru_cache(4096)  # a report asks several times, and many operations have one line
-def _source_of(trace: Any) -> Source | None:
     return choose_source(
-        Frame(frame.file_name, frame.line_num, frame.function_name) for frame in trace.frames
+        Frame(frame.file_name, frame.line_num, frame.function_name)
+        for frame in (trace.frames if trace else ())
     )
 
 

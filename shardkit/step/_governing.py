@@ -21,8 +21,9 @@ from ..report import (
     SplitDim,
     find_readers,
 )
-from ..rules import axes_of
+from ..rules import AxisRules, axes_of
 from ._activations import Activations
+from ._constraint_names import name_layout
 from ._disagreements import Declared, Disagreements, Group
 from ._missing_rows import find_missing_rows
 from ._split_dims import DeclaredLayout, find_split_dims
@@ -81,7 +82,7 @@ def find_governing_constraints(
     wrong |= dict.fromkeys(missing.axes, frozenset[Hashable](missing.leaves))
     odd = [
         *missing.declarations(_find_lines(jaxpr, placed, missing.leaves), disagreements),
-        *_odd_constraints(disagreements, suspects, wrong),
+        *_odd_constraints(disagreements, suspects, wrong, activations.rules),
         *_odd_leaves(disagreements, suspects, wrong, jaxpr),
     ]
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
@@ -141,7 +142,11 @@ class _Suspects:
         """All of them, with what can be said otherwise."""
         constraints = {
             line: DeclaredLayout(
-                f"the constraint at {one.source}", variable, dims, source=one.source
+                f"the constraint at {one.source}",
+                variable,
+                dims,
+                source=one.source,
+                names=one.names,
             )
             for line, (one, variable, dims, _) in self.constraints.items()
         }
@@ -155,6 +160,15 @@ class _Suspects:
             for who, ((leaf, variable), *_) in self.leaves.items()
         }
         return constraints | leaves
+
+    def names(self, disagreements: Disagreements) -> dict[int, set[str]]:
+        """What parameters call the dims of each class."""
+        found: dict[int, set[str]] = {}
+        for leaf, variable in (member for members in self.leaves.values() for member in members):
+            roots = disagreements.classes_of(variable, leaf.dims())
+            for root, name in zip(roots, leaf.leaf.axes or (), strict=False):
+                found.setdefault(root, set()).update({name} if name else ())
+        return found
 
     def over(self, who: Hashable) -> set[str]:
         """The axes that a leaf brings in."""
@@ -177,8 +191,12 @@ def _find_wrong(disagreements: Disagreements, suspects: _Suspects) -> dict[str, 
 
 
 def _odd_constraints(
-    disagreements: Disagreements, suspects: _Suspects, wrong: Mapping[str, Group]
+    disagreements: Disagreements,
+    suspects: _Suspects,
+    wrong: Mapping[str, Group],
+    rules: AxisRules | None,
 ) -> Iterator[OddDeclaration]:
+    called = suspects.names(disagreements)
     for line, (one, variable, dims, _) in suspects.constraints.items():
         axes = frozenset(axis for axis, group in wrong.items() if line in group)
         if axes:
@@ -187,7 +205,9 @@ def _odd_constraints(
             text = f"the constraint at {one.source}"
             shape = cast(Any, variable).aval.shape
             lines = frozenset(disagreements.sums_over(group, axes))
-            yield OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
+            odd = OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
+            roots = disagreements.classes_of(variable, dims)
+            yield name_layout(odd, one.names, dims, [called.get(n, ()) for n in roots], rules)
 
 
 def _odd_leaves(
@@ -259,6 +279,7 @@ def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_
         if line is None:
             continue
         source = name_derivative_rule(eqn, line)
+        names = eqn.params["names"] if eqn.primitive is constrain_p else ()
         for value, result, entries in _constrained(eqn, activations):
             lines = frozenset(_lines_before(value, made_by))
             dims = tuple(
@@ -266,7 +287,7 @@ def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_
             )
             known = tuple(dim for dim in dims if dim is not None)
             is_open = None in dims or not _splits_all(eqn)
-            governing = GoverningConstraint(source, known, lines, open=is_open)
+            governing = GoverningConstraint(source, known, lines, open=is_open, names=names)
             yield governing, result, dims, "transpose(" in str(eqn.source_info.name_stack)
 
 

@@ -26,6 +26,7 @@ class DeclaredLayout(NamedTuple):
       dims: mesh axes per dim; None of a dim left open.
       leaves: those of the rule; () of a constraint.
       source: the line of a constraint.
+      names: the logical axes of one that has some.
     """
 
     text: str
@@ -33,9 +34,13 @@ class DeclaredLayout(NamedTuple):
     dims: Sequence[Axes | None]
     leaves: tuple[PlacedLeaf, ...] = ()
     source: Source | None = None
+    names: tuple[str | None, ...] = ()
 
     def change(self, at: Source, axis: str, layout: tuple[Axes | None, ...]) -> OddDeclaration:
         """What it would say instead."""
+        columns = [*zip(self.names, self.dims, layout, strict=False)]
+        named = all(axes == wanted or not wanted for _, axes, wanted in columns)
+        names = tuple(name if axes == wanted else None for name, axes, wanted in columns)
         return OddDeclaration(
             self.source or at,
             frozenset({axis}),
@@ -44,6 +49,7 @@ class DeclaredLayout(NamedTuple):
             layout=layout,
             sums=frozenset(),
             leaves=self.leaves,
+            names=names if named else (),
         )
 
 

@@ -194,9 +194,11 @@ class _Trials:
         layout, mesh, spec = self._layout, self._bound.mesh, self._bound.spec
         loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
         train, odd = loss.train, list(self._relaid(changes))
-        for one in (one for one in odd if not one.leaves):
+        for one in (one for one in odd if not one.leaves and (one.names or not one.mapped)):
             train = _respecified(train, one, mesh)
-        spec = spec.replace(strategy=_with_specs(spec.strategy, odd, self._bound, layout))
+        mapped = {name: axes for one in odd for name, axes in one.mapped}
+        strategy = spec.strategy.with_names(activations=mapped)
+        spec = spec.replace(strategy=_with_specs(strategy, odd, self._bound, layout))
         for one in changes:
             if one.alternative == "shard_map":
                 spec = spec.replace(mode="shard_map")

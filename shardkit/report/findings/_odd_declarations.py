@@ -15,7 +15,7 @@ from ..communication._governing import OddDeclaration, SplitDim, layouts_of_othe
 from ..communication._ledger import Ledger
 from ..hlo._hlo import parse_shapes
 from ._finding import AGREE, MOVE, Finding, bytes_by_source
-from ._messages import format_spec
+from ._messages import format_axes, format_spec
 
 # What says of an array that it is moved, or kept whole, and not what to do with both its layouts.
 _KINDS = frozenset(
@@ -213,9 +213,15 @@ def _find_blamed(
 def _suggest_layouts(odd: Sequence[OddDeclaration], program: Program) -> Iterator[str]:
     """The code of each constraint and of each part of the step."""
     for one in (one for one in odd if not one.leaves):
-        dims = one.dims(program.sizes)
-        spec = format_spec([axes for axes in dims if axes is not None])
-        yield f"{spec} in the constraint at {one.source}"
+        if one.mapped:
+            table = ", ".join(f"{name!r}: {format_axes(axes)}" for name, axes in one.mapped)
+            yield f"strategy.with_names(activations={{{table}}})"
+        if one.names or not one.mapped:
+            dims = one.dims(program.sizes)
+            spec = format_spec([axes for axes in dims if axes is not None])
+            if one.names:
+                spec = f"sk.nn.constrain(x, {', '.join(map(repr, one.names))})"
+            yield f"{spec} in the constraint at {one.source}"
     known = {leaf: leaf.dims() for leaf in program.leaves if leaf.part == "batch"}
     for part, dims in layouts_of_others(odd, program.sizes).items():
         if part == "batch":
