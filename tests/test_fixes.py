@@ -345,6 +345,18 @@ def test_a_name_that_parameters_have_too_is_mapped_as_theirs():
     assert finding.remaining == after < report.ledger.total()
 
 
+def test_a_weight_over_an_axis_of_rows_alone_is_whole_by_its_fix():
+    """Data parallelism stores no weights, so that a rule which splits one over it is at odds."""
+    data = sk.strategies.data() | sk.strategies.tensor()
+    odd = sk.first_match(sk.PathRules({"up": P("data", "tensor")}), data.params)
+    step = compiled(loss_with("batch", "mlp"), dataclasses.replace(data, params=odd))
+    finding = step.report(try_fixes=True).findings[0]
+    code = "params=sk.first_match(sk.PathRules({\"up\": P(None, 'tensor')}), strategy.params)"
+    assert (finding.kind, finding.fix[: len(code)]) == ("parameter_gather", code)
+    after = compiled(loss_with("batch", "mlp"), data).report().ledger.total()
+    assert finding.remaining == after < step.report().ledger.total()
+
+
 def test_what_no_fix_brings_down_is_kept_apart_in_every_form():
     spec, mesh = declare("", TWO["heads that are not divided"].both)
     step = spec.compile(mesh.build())

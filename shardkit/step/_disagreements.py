@@ -231,7 +231,7 @@ class Disagreements:
             split = {one for (one, _), users in self._split.items() if users}
             free = tuple(one for one in others if one not in split)
             for axis in self._conflicts:
-                if users := self._users(root, axis, frozenset()):
+                if users := self.users(root, axis):
                     yield SplitClass(source, axis, root, frozenset(users), free)
 
     def classes_of(self, variable: Any, dims: Sequence[Axes | None]) -> list[int]:
@@ -296,9 +296,12 @@ class Disagreements:
                 agreed[free[-1]] = (*(agreed[free[-1]] or ()), axis)
         return tuple(agreed)
 
+    def users(self, root: int, axis: str) -> set[Hashable]:
+        """The declarations that split a class over an axis."""
+        return self._split.get((root, axis), set())
+
     def _users(self, root: int, axis: str, group: Group) -> set[Hashable]:
-        """The other declarations that split a class over an axis."""
-        return self._split.get((root, axis), set()) - group
+        return self.users(root, axis) - group
 
     def _is_free(self, root: int, axis: str, group: Group) -> bool:
         """Whether no other declaration is at odds with a class that is split over an axis."""

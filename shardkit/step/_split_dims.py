@@ -71,8 +71,12 @@ def find_split_dims(
         # Several matrices that agree are a pair, and no mistake.
         paired = to is None and len(users) > 1 and all(one.leaves for one in users)
         yield SplitDim(split.source, split.axis, () if paired else tuple(changed))
-    for one in declarations.values():
-        for axis in {axis for axes in one.dims for axis in axes or () if one.source}:
+    for who, one in declarations.items():
+        roots = disagreements.classes_of(one.variable, one.dims) if one.source else ()
+        split = {
+            (root, axis) for root, axes in zip(roots, one.dims, strict=False) for axis in axes or ()
+        }
+        for axis in {axis for root, axis in split if disagreements.users(root, axis) == {who}}:
             layout = (axes and tuple(a for a in axes if a != axis) for axes in one.dims)
             at = cast(Source, one.source)
             yield SplitDim(at, axis, (one.change(at, axis, tuple(layout)),))

@@ -88,19 +88,19 @@ def move_dims(finding: Finding, program: Program) -> tuple[OddDeclaration, ...]:
     Of weights that nothing says that of, those that the line's products multiply with: what they
     sum becomes their columns, and the other way round; or their gradient's own split.
     """
-    split = _find_split_dim(finding, program.declared.split_dims)
-    if split is not None and split.declarations:
-        return split.declarations
     line = finding.source
+    read = program.weights.get((line.file, line.line), []) if line else []
+    stored = [leaf for leaf in read if leaf.name == finding.leaf]
+    moved = [(leaf, _without_rows(leaf, finding.axes, program)) for leaf in stored]
+    split = _find_split_dim(finding, program.declared.split_dims)
+    if split is not None and split.declarations and all(d == one.dims() for one, d in moved):
+        return split.declarations
     if line is None:
         return ()
-    read = program.weights.get((line.file, line.line), [])
     if finding.kind == "gradient_gather":
         moved = [(leaf, _like_gradient(leaf, finding, program)) for leaf in read]
     elif finding.kind in _OF_PRODUCTS:
         moved = [(leaf, _swap(leaf, finding.axes, program)) for leaf in read]
-    else:
-        return ()
     return tuple(
         OddDeclaration(
             line,
@@ -114,6 +114,12 @@ def move_dims(finding: Finding, program: Program) -> tuple[OddDeclaration, ...]:
         for leaf, dims in moved
         if dims != leaf.dims()
     )
+
+
+def _without_rows(leaf: PlacedLeaf, axes: Sequence[str], program: Program) -> tuple[Axes, ...]:
+    """The dims of a parameter, whole over axes of rows: nothing declares that these store it."""
+    rows = {*axes} & program.batch_axes
+    return tuple(tuple(a for a in dim if a not in rows) for dim in leaf.dims())
 
 
 def _like_gradient(leaf: PlacedLeaf, finding: Finding, program: Program) -> tuple[Axes, ...]:

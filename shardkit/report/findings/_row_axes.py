@@ -13,6 +13,9 @@ A constraint of x to its rows turns both back into gathers of weights.
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from ..._core.equations import source_of_equation
 from ..._core.source import Source
@@ -250,16 +253,32 @@ def _with_remedy(program: Program, finding: Finding | None) -> Iterator[Finding]
     entry = axes[0] if len(axes) == 1 else axes
     rule = f'sk.AxisRules({{"batch": {entry!r}}})'
     known = set(axes) <= set(program.declared.activation_axes)
+    code = f'sk.nn.constrain(x, "batch", {_other_dims(line, program)})'
     if any((one.source.file, one.source.line) == line for one in program.declared.governing):
-        fix, lost = f'sk.nn.constrain(x, "batch", ...){where}: rows stay where they are', []
+        fix, lost = f"{code}{where}: rows stay where they are", []
     elif mode and any(line in one.lines for one in program.declared.governing):
         fix, lost = f'mode="shard_map", which gathers the weights used{where} instead', mode
     else:
-        fix = f'x = sk.nn.constrain(x, "batch", ...) with the result{where}, where rows are lost '
-        fix += "first" + ("" if known else f", and activations={rule}")
+        fix = f"x = {code} with the result{where}, where rows are lost first"
+        fix += "" if known else f", and activations={rule}"
         fix += '; or mode="shard_map"' if mode else ""
         lost = ["constrain", *mode] if first else mode
     yield dataclasses.replace(finding, fix=fix, alternatives=tuple(lost))
+
+
+def _other_dims(line: tuple[str, int], program: Program) -> str:
+    """`None` for each dim but the rows of the last activation that a line computes; or `...`."""
+    batch = [leaf for leaf in program.leaves if leaf.part == "batch" and leaf.dims()]
+    rows = {leaf.leaf.shape[0] for leaf in batch if {*leaf.dims()[0]} & program.batch_axes}
+    known = "..."
+    for eqn in equations(program.jaxpr.jaxpr) if program.jaxpr else ():
+        made: Any = eqn.outvars[0].aval if eqn.outvars else None
+        shape = getattr(made, "shape", ())
+        if len(shape) > 1 and shape[0] in rows and jnp.issubdtype(made.dtype, jnp.floating):
+            source = source_of_equation(eqn)
+            if source and (source.file, source.line) == line:
+                known = ", ".join(["None"] * (len(shape) - 1))
+    return known
 
 
 def _minimum(program: Program, axes: Sequence[str]) -> float:
