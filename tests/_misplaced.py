@@ -37,6 +37,7 @@ class Case:
     declared_by: str = ""
     init: object = None
     finding: str = ""
+    mesh: dict = dataclasses.field(default_factory=lambda: {"data": 2, "tensor": 4})
     later: str = ""  # of compilers after 0.10, where they send something else
 
 
@@ -448,7 +449,7 @@ def declare(name, case=None):
         batch=case.batch,
         strategy=strategy,
     )
-    return spec, sk.MeshSpec(data=2, tensor=4)
+    return spec, sk.MeshSpec(**case.mesh)
 
 
 def line_of(name):

@@ -63,7 +63,7 @@ def output_within_heads(spec):
     return output_within_heads
 
 
-_convolve = functools.partial(
+convolve = functools.partial(
     jax.lax.conv_general_dilated,
     window_strides=(1, 1),
     padding="SAME",
@@ -72,13 +72,13 @@ _convolve = functools.partial(
 
 
 def depthwise_by_channels(p, b, key):
-    x = _convolve(b["x"], p["stem"])
-    h = _convolve(x, p["dw"], feature_group_count=64)  # depthwise_by_channels
+    x = convolve(b["x"], p["stem"])
+    h = convolve(x, p["dw"], feature_group_count=64)  # depthwise_by_channels
     return jnp.mean((x + jax.nn.gelu(h @ p["up"]) @ p["down"]) ** 2)
 
 
 def targets_by_height(p, b, key):
-    out = _convolve(jax.nn.silu(_convolve(b["x"], p["one"])), p["two"])
+    out = convolve(jax.nn.silu(convolve(b["x"], p["one"])), p["two"])
     return jnp.mean((out - b["y"]) ** 2)  # targets_by_height
 
 
@@ -158,7 +158,7 @@ def _stateful(loss):
     return sk.Loss(loss, loss, stateful=True)
 
 
-_IMAGES = np.ones((8, 16, 16, 16), "f")
+IMAGES = np.ones((8, 16, 16, 16), "f")
 _GATED = {**SHAPES, "gate": SHAPES["up"], "head": (WIDTH, VOCAB)}
 _GATES = {**PAIR, "gate": ROW, "head": COLUMN}
 _HEADED, _HEAD = {**SHAPES, "head": (WIDTH, VOCAB)}, {**PAIR, "head": COLUMN}
@@ -170,8 +170,8 @@ _NORMED = {**PAIR, "norm/*": P("tensor")}
 _COLUMNS = {"up": COLUMN, "down": COLUMN}
 _ANGLES = {name: np.ones((LENGTH, 16), "f") for name in ("cos", "sin")}
 _LAYER = {**dict.fromkeys("qkvo", (WIDTH, WIDTH)), **SHAPES}
-_KERNELS = {name: {"kernel": shape} for name, shape in _LAYER.items()}
-_STACKED = {"layers": [_KERNELS, _KERNELS], "head": {"kernel": (WIDTH, VOCAB)}}
+KERNELS = {name: {"kernel": shape} for name, shape in _LAYER.items()}
+_STACKED = {"layers": [KERNELS, KERNELS], "head": {"kernel": (WIDTH, VOCAB)}}
 _ROWS_OF = {f"**/{name}/kernel": ROW for name in ("o", "down")}
 _WHOLE = {**dict.fromkeys("qkvo", P())}
 AMONG = {
@@ -229,7 +229,7 @@ AMONG = {
         depthwise_by_channels,
         _DEPTHWISE,
         _CHANNELS,
-        {"x": _IMAGES},
+        {"x": IMAGES},
         declared_by='PathRules["dw"] of params/dw',
         mended={"rules": {**_CHANNELS, "dw": P()}},
         finding="parameter_gather",
@@ -239,7 +239,7 @@ AMONG = {
         targets_by_height,
         {"one": (3, 3, 16, 32), "two": (3, 3, 32, 16)},
         {"*": P()},
-        {"x": _IMAGES, "y": _IMAGES},
+        {"x": IMAGES, "y": IMAGES},
         sk.PathRules({"x": ROWS, "y": P(None, "data")}),
         declared_by="the batch spec of batch/y",
         mended={"spec": ROWS},

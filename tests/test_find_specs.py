@@ -118,7 +118,9 @@ def test_rows_that_a_constraint_gathers_are_kept_whole_over_them(spec):
 def test_a_gather_between_two_specs_names_the_one_that_no_other_agrees_with(disagreeing, agreeing):
     (found,) = [one for one in disagreeing.findings if "beside it spec_mismatch" in one.why]
     assert found.source.code == 'other = sk.nn.constrain(jnp.sin(hidden), "batch", "hidden")'
-    assert found.fix.startswith("P('data', 'tensor') in the constraint at test_find_specs.py:")
+    code, _, where = found.fix.partition(" in the constraint at ")
+    assert code == "sk.nn.constrain(x, 'batch', 'mlp')"
+    assert where.startswith("test_find_specs.py:")
     gathers = disagreeing.ledger.where("tensor", "all-gather")
     assert 0 < found.bytes <= sum(row.wire_bytes for row in gathers)
     assert not [one for one in agreeing.findings if "spec_mismatch" in (one.kind, *one.why.split())]
@@ -144,8 +146,9 @@ def test_constraints_that_parameters_disagree_with_are_one_finding():
         strategy=both.with_names(activations={"whole": None}),
     ).report()
     (found,) = [one for one in report.findings if "beside it spec_mismatch" in one.why]
-    for spec in ("P('data', 'tensor')", "P(None, 'tensor')"):
-        assert f"{spec} in the constraint at test_find_specs.py:" in found.fix
+    for names in ("'batch', 'mlp'", "'embed', 'mlp'"):
+        code = f"sk.nn.constrain(x, {names}) in the constraint at test_find_specs.py:"
+        assert code in found.fix
     assert not [one for one in of_kind(report, "parameter_gather") if one.leaf == "params/up"]
 
 

@@ -15,6 +15,7 @@ from shardkit.report import FINDINGS
 from . import test_findings, test_idle_options, test_miscompiled, test_row_axes, test_step_report
 from ._misplaced import declare
 from ._misplaced_models import MODELS
+from ._misplaced_two import TWO
 
 EMBED, MLP = 256, 1024
 HAND = sk.Strategy(
@@ -63,7 +64,7 @@ def test_an_activation_that_is_constrained_gathers_no_parameter():
     step = compiled(loss_with("batch", None), rows=4096)
     sent, *_ = (one for one in step.report().findings if one.rows)
     assert "; beside it parameter_gather, " in sent.why
-    assert sent.fix.startswith("P('data', 'tensor') in the constraint at ")
+    assert sent.fix.startswith("sk.nn.constrain(x, 'batch', 'mlp') in the constraint at ")
     assert {one.axes for one in found(step, "replicated_activation")} == {("tensor",)}
     assert not found(compiled(loss_with("batch", "mlp")), "parameter_gather")
 
@@ -249,7 +250,7 @@ MENDED = {
     ),
     "one name": Mended(
         "parameter_gather",
-        "P('data', 'tensor') in the constraint at ",
+        "sk.nn.constrain(x, 'batch', 'mlp') in the constraint at ",
         {"loss": disagreeing("batch", None)},
         {"loss": disagreeing("batch", "mlp")},
     ),
@@ -303,7 +304,7 @@ FIXED = {
     ),
     "residual_constrained_twice": (
         "spec_mismatch",
-        "P('data', None, None) in the constraint at ",
+        "sk.nn.constrain(x, 'batch', None, None) in the constraint at ",
         {"activations": sk.AxisRules({"batch": "data", "embed": None})},
     ),
     "average_of_another_layout": (
@@ -329,6 +330,63 @@ def test_the_fix_of_a_misplaced_declaration_ends_what_is_sent(name):
     assert kind not in {one.kind for one in after.findings}
     total = before.ledger.total()
     assert after.ledger.total() <= max(0.75 * total, total - before.findings[0].bytes)
+
+
+def test_a_name_that_parameters_have_too_is_mapped_as_theirs():
+    """What activations say of it is wrong; the fix, pasted, sends what it was tried to send."""
+    strategy = sk.strategies.data() | sk.strategies.tensor()
+    wrong = strategy.with_names(activations={"mlp": None})
+    report = compiled(loss_with("batch", "mlp"), wrong).report(try_fixes=True)
+    finding = report.findings[0]
+    code, *_ = finding.fix.partition(", which all other declarations agree with")
+    assert code == "strategy.with_names(activations={'mlp': 'tensor'})"
+    mended = eval(code, {"strategy": wrong})
+    after = compiled(loss_with("batch", "mlp"), mended).report().ledger.total()
+    assert finding.remaining == after < report.ledger.total()
+
+
+def test_a_weight_over_an_axis_of_rows_alone_is_whole_by_its_fix():
+    """Data parallelism stores no weights, so that a rule which splits one over it is at odds."""
+    data = sk.strategies.data() | sk.strategies.tensor()
+    odd = sk.first_match(sk.PathRules({"up": P("data", "tensor")}), data.params)
+    step = compiled(loss_with("batch", "mlp"), dataclasses.replace(data, params=odd))
+    finding = step.report(try_fixes=True).findings[0]
+    code = "params=sk.first_match(sk.PathRules({\"up\": P(None, 'tensor')}), strategy.params)"
+    assert (finding.kind, finding.fix[: len(code)]) == ("parameter_gather", code)
+    after = compiled(loss_with("batch", "mlp"), data).report().ledger.total()
+    assert finding.remaining == after < step.report().ledger.total()
+
+
+def test_what_no_fix_brings_down_is_kept_apart_in_every_form():
+    spec, mesh = declare("", TWO["heads that are not divided"].both)
+    step = spec.compile(mesh.build())
+    plain, tried = step.report(), step.report(try_fixes=True)
+    assert "Fix, not tried: params=" in str(plain)
+    assert (plain.kept, tried.findings) == ((), ())
+    (kept,) = tried.kept
+    assert kept.tried
+    assert kept.remaining > tried.ledger.total()
+    assert f"Kept, since no fix is known to send less: {kept.kind} 16.00 KiB, " in str(tried)
+    again = sk.report.Report.from_json(tried.to_json())
+    assert again.kept == tried.kept
+    assert not any(cost.in_findings for cost in again.by_source())
+
+
+def test_a_mode_that_has_no_place_for_an_axis_is_no_fix():
+    def loss(params, batch, key):
+        return sum(jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"]) ** 2) for x in batch["x"])
+
+    step = sk.compile_step(
+        loss,
+        optax.adam(1e-3),
+        init=init,
+        batch={"x": (jnp.ones((64, EMBED)), jnp.ones((64, EMBED)))},
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=HAND,
+    )
+    report = step.report()
+    assert not any("shard_map" in one.fix for one in report.findings)
+    assert {one.kind for one in report.kept} == {"repeated_reduction"}
 
 
 def test_moments_laid_out_as_the_fix_says_are_not_moved():

@@ -72,7 +72,7 @@ def test_the_line_that_loses_rows_is_named_and_a_constraint_there_ends_it():
     assert (finding.kind, finding.axes) == ("stored_contraction", ("fsdp",))
     # Most is sent at the products, whose weights are right; they follow from the lookup.
     assert finding.source.code.endswith("# rows are lost")
-    assert finding.fix.startswith('x = sk.nn.constrain(x, "batch", ...) with the result at ')
+    assert finding.fix.startswith('x = sk.nn.constrain(x, "batch", None, None) with the result at ')
     assert "activations=" not in finding.fix  # the strategy has the rule already
     assert "contract a dim split over fsdp" in finding.why
     rows = [report.ledger[number] for number in finding.rows]

@@ -28,6 +28,7 @@ from ._misplaced_among import AMONG
 from ._misplaced_constraints import BESIDE, CONSTRAINTS
 from ._misplaced_models import BESIDE_PRODUCTS, MODELS
 from ._misplaced_rules import ODD as RULES
+from ._misplaced_stored import RIGHT, STORED, SWAPPED
 from ._misplaced_two import TWO
 from ._quick import some_quick
 
@@ -37,7 +38,7 @@ ON_TPU = """constraint_on_the_wrong_dim two_column_products nothing_after_attent
     loss_that_gathers_logits linen_down nnx_down""".split()
 WITHOUT_FRAMES = ("linen_scan_constraint", "constraint_in_a_derivative_rule", "nnx_scan")
 ALL = CASES | STRANGERS | MODELS | CONSTRAINTS
-ODD = RULES | AMONG
+ODD = RULES | AMONG | STORED
 
 
 def compile_case(name, **changes):
@@ -105,27 +106,48 @@ def test_a_declaration_at_odds_with_all_others_is_named_with_the_layout_that_end
     assert not any(odd.misplaced.finding == one.kind for one in after.findings)
 
 
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_agrees_is_not_blamed(name):
+    spec, mesh = declare("", RIGHT[name].misplaced)
+    findings = spec.compile(mesh.build()).report().findings
+    assert not any(one.declarations or one.kind == "split_contraction" for one in findings)
+
+
+def test_a_pair_that_sums_what_it_widens_is_split_the_other_way_round():
+    spec, mesh = declare("", SWAPPED.misplaced)
+    report = spec.compile(mesh.build()).report(try_fixes=True)
+    finding = report.findings[0]
+    assert (finding.kind, finding.fix[: len(SWAPPED.fix)]) == ("split_contraction", SWAPPED.fix)
+    spec, mesh = declare("", dataclasses.replace(SWAPPED.misplaced, **SWAPPED.mended))
+    after = spec.compile(mesh.build()).report().ledger.total()
+    assert finding.remaining == after < 0.7 * report.ledger.total()
+
+
 @pytest.mark.parametrize("name", some_quick(TWO, *list(TWO)[::3]))
 def test_two_misplaced_declarations_are_told_apart(name):
-    """Each has a finding of its own, and both layouts are compiled, one by one and together."""
+    """Each has a finding of its own, and both layouts are compiled, one by one and together.
+
+    Of a layout that sends no less, also beside that of the other, the finding is kept apart.
+    """
     pair = TWO[name]
     spec, mesh = declare("", pair.both)
     report = spec.compile(mesh.build()).report(try_fixes=True)
-    found = [one for one in report.findings if one.declarations]
+    mended = [one for one in report.findings if one.declarations]
+    found = [*mended, *(one for one in report.kept if one.declarations)]
     named = [tuple(re.sub(r":\d+ in .*", "", text) for text in one.declarations) for one in found]
     assert tuple(named) == pair.declarations
-    assert [*report.findings[: len(found)]] == found  # before all others
+    assert [*report.findings[: len(mended)]] == mended  # before all others
     assert [one.bytes for one in found] == sorted((one.bytes for one in found), reverse=True)
     assert len({row for one in found for row in one.rows}) == sum(len(one.rows) for one in found)
     spec, mesh = declare("", dataclasses.replace(pair.both, **pair.mended))
     after = spec.compile(mesh.build()).report()
     together = f"; with those of all such findings {format_bytes(after.ledger.total())}"
-    if len(found) > 1:
-        assert all(together in one.fix for one in found)
-    else:
+    if len(mended) > 1:
+        assert all(together in one.fix for one in mended)
+    elif len(found) == 1:
         assert found[0].remaining == after.ledger.total()
-    assert (after.ledger.total() < report.ledger.total()) == pair.less
-    assert pair.less == (not any("keep it as it is" in one.fix for one in found))
+    assert (after.ledger.total() < report.ledger.total()) == pair.less == bool(mended)
+    assert all("keep it as it is" in one.fix for one in report.kept)
 
 
 def test_a_constraint_of_a_backward_rule_is_said_to_be_one():
@@ -255,6 +277,18 @@ def test_a_combined_collective_names_the_line_of_each_part(first, second):
     report = sk.report.read_ledger(text, [("data", 2)])
     assert report[0].sources == (one, two)
     assert report[0].source == two  # the largest array's
+
+
+def test_a_program_traced_without_stacks_has_its_paths_in_the_table_of_functions():
+    text = (TABLES % {"first": 0, "second": 0, "other": 4}).replace(
+        '"attend"', '"jit(step)/transpose(jvp(loss))/attend"'
+    )
+    whole = "jit(step)/jvp(loss)/mul"
+    (row,) = sk.report.read_ledger(text.replace(whole, "mul"), [("data", 2)])
+    assert (row.phase, row.scope) == ("backward", "attend")
+    assert str(row.sources[0]) == "model.py:42 in ?"
+    bare = TABLES % {"first": 1, "second": 2, "other": 4}
+    assert sk.report.restore_paths(bare) == bare
 
 
 def test_what_a_library_computes_has_the_line_that_calls_it_or_none():

@@ -32,9 +32,10 @@ from .findings._finding import MOVE as MOVE
 from .findings._finding import Finding as Finding
 from .findings._findings import FINDINGS as FINDINGS
 from .findings._miscompiled import read_miscompiled as read_miscompiled
-from .findings._odd_declarations import find_split_dim as find_split_dim
+from .findings._odd_declarations import move_dims as move_dims
 from .hlo._scope import phase_of as phase_of
 from .hlo._scope import scope_of as scope_of
+from .hlo._source_lines import restore_paths as restore_paths
 from .memory._memory import MEMORY_CLASSES as MEMORY_CLASSES
 from .memory._memory import Memory as Memory
 from .memory._memory import read_memory as read_memory

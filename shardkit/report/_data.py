@@ -28,6 +28,8 @@ class ReportData:
       flops: FLOPs of a step, all devices together; None without a jaxpr.
       findings: what a user would want to know, the most bytes first; before these, what a
         declaration causes that all others disagree with.
+      kept: what is to be kept as it is: nothing that can be declared otherwise sends less, as far
+        as is known, or none of the fixes that `try_fixes` compiled.
       minima: textbook minimum of each axis whose kind is declared.
       reductions: axis that splits the batch → how often each gradient is reduced over it.
       leaves: every array of the step's input and its layout on the mesh.
@@ -58,6 +60,7 @@ class ReportData:
     notes: tuple[str, ...] = ()
     memory_suggestions: tuple[str, ...] = ()
     compiles: int = 1
+    kept: tuple[Finding, ...] = ()
     messages_complete: bool = True
     ticks: tuple[TickTable, ...] = ()
     timeline: Timeline | None = None

@@ -16,6 +16,7 @@ from .._core.tree import path_ends
 from ._placed_leaf import PlacedLeaf
 from ._saved import TickTable
 from .communication._ends import add_ends
+from .communication._entries import weights_of_products
 from .communication._governing import GoverningConstraint, OddDeclaration, SplitDim
 from .communication._ledger import Ledger, LedgerRow, build_ledger
 from .hlo._hlo import Module, parse
@@ -238,6 +239,12 @@ class Program:
             return declared.accumulate
         return declared.activation_bytes / shown[0].device_bytes(self.sizes)
 
+    @property
+    def fits_shard_map(self) -> bool:
+        """Whether `mode="shard_map"` knows what each axis that splits parameters is for."""
+        known = self.batch_axes | {kind.axis for kind in self.declared.kinds}
+        return all(known.issuperset(leaf.axes()) for leaf in self.leaves if leaf.part == "params")
+
     def own_layouts(self, axes: Collection[str]) -> dict[PlacedLeaf, PlacedLeaf]:
         """Optimizer state that a rule of its own lays out unlike its parameter, over some axes.
 
@@ -262,6 +269,11 @@ class Program:
         }
         first = {leaf: next(filter(None, found), None) for leaf, found in owners.items()}
         return {leaf: own for leaf, own in first.items() if own is not None}
+
+    @functools.cached_property
+    def weights(self) -> dict[tuple[str, int], list[PlacedLeaf]]:
+        """The parameters that the products of each line multiply with, by file and line."""
+        return weights_of_products(self)
 
     @functools.cached_property
     def module(self) -> Module:

@@ -35,7 +35,8 @@ def read_program(program: "Program", chip: "str | Chip | None" = None) -> Report
         memory=memory,
         peak=peak,
         flops=flops,
-        findings=findings,
+        findings=tuple(one for one in findings if one.fix),
+        kept=tuple(one for one in findings if not one.fix),
         minima=explain_excess(program, compute_minima(program), findings),
         reductions={
             axis: reductions_per_step(ledger, axis, program.leaves, sizes)

@@ -68,15 +68,22 @@ def _text_parts(report: ReportData) -> Iterator[_Part]:
 def _finding_parts(report: ReportData) -> Iterator[_Part]:
     if not report.messages_complete:
         yield "The compiler's messages are unknown: involuntary remats may be missing."
-    if not report.findings:
+    if report.findings:
+        yield from _finding_table(report)
+    else:
         yield "Findings: none."
-        return
+    for one in report.kept:
+        what = f"{one.kind} {format_bytes(one.bytes)}, {one.source or one.leaf or one.scope}"
+        yield f"Kept, since no fix is known to send less: {what}."
+
+
+def _finding_table(report: ReportData) -> Iterator[_Part]:
     yield f"\nFindings ({len(report.findings)})"
     rows = []
     for finding in report.findings[:_FINDINGS]:
         about = [finding.leaf or _abbreviate_scopes(finding.scope), str(finding.source or "")]
         end = "" if finding.why.endswith((".", "?")) else "."
-        why = f"{finding.why}{end}\nFix: {finding.fix}"
+        why = f"{finding.why}{end}\n{finding.fix_title}: {finding.fix}"
         what = "\n".join(filter(None, (finding.kind, *about)))
         rows.append((what, format_bytes(finding.bytes), why))
     yield _build_table({"finding": 28, "bytes": 9, "why; fix": 60}, rows)

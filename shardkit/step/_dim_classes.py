@@ -23,6 +23,7 @@ _WHOLE = {
     "top_k": "axis",
 }
 _PIECES = frozenset("slice dynamic_slice concatenate pad".split())
+_WINDOWS = "reduce_window", "select_and_"
 
 
 class DimClasses:
@@ -211,6 +212,7 @@ def _passed_on(eqn: core.JaxprEqn) -> _Passed:
     elif name == "conv_general_dilated":
         lhs, rhs, result = params["dimension_numbers"]
         yield ins[0], out, _equal(ins[0], out, [(lhs[0], result[0])])
+        yield ins[0], out, zip(lhs[2:], result[2:], strict=True)  # with what is next to a shard
         yield ins[0], ins[1], _equal(ins[0], ins[1], [(lhs[1], rhs[1])])
         yield ins[1], out, _equal(ins[1], out, [(rhs[0], result[1])])
         if params["feature_group_count"] == ins[0].aval.shape[lhs[1]]:  # channel by channel
@@ -219,7 +221,7 @@ def _passed_on(eqn: core.JaxprEqn) -> _Passed:
         parts = ins if name == "stack" else cast(Sequence[Any], eqn.outvars)
         left = [i for i in range(parts[0].aval.ndim + 1) if i != params["axis"]]
         yield from ((v, out if name == "stack" else ins[0], enumerate(left)) for v in parts)
-    elif name in _PIECES:  # of which a layout of the whole is one too
+    elif name in _PIECES or name.startswith(_WINDOWS):  # of which a layout of the whole is one too
         yield from ((v, out, _pieces(v, out)) for v in ins)
     else:  # element by element
         yield from ((v, out, _equal(v, out)) for v in (*ins, *eqn.outvars[1:]))

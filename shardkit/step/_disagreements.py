@@ -81,10 +81,15 @@ class Disagreements:
                     self._orders[root].setdefault(axes, set()).add(who)
                     for axis in axes:
                         self._split[root, axis].add(who)
-        self._undivided = set(self._find_undivided(declared, sizes))
+        # Keys of 2 heads are whole over 4 devices since nothing divides them.
+        excused: dict[tuple[int, str], set[Hashable]] = collections.defaultdict(set)
+        self._undivided = set(self._find_undivided(declared, sizes, excused))
+        for cut in {(root, axis) for root, axis, _ in self._undivided}:
+            excused.pop(cut, None)  # somebody splits them all the same
         self._conflicts: dict[str, list[Sides]] = collections.defaultdict(list)
         for (root, axis), users in self._split.items():
-            self._conflicts[axis].append((users, self._named[root] - users))
+            others = self._named[root] - users - excused[root, axis]
+            self._conflicts[axis].append((users, others))
         for orders in self._orders.values():
             for one, other in itertools.permutations(orders, 2):
                 if {*one} == {*other}:
@@ -97,27 +102,32 @@ class Disagreements:
                     self._conflicts[axis] += [(a - b, b - a), (b - a, a - b)]
 
     def _find_undivided(
-        self, declared: Sequence[Declared], sizes: Mapping[str, int]
+        self,
+        declared: Sequence[Declared],
+        sizes: Mapping[str, int],
+        excused: Mapping[tuple[int, str], set[Hashable]],
     ) -> Iterator[tuple[int, str, int]]:
         """Adds what splits of a dim say of the two that it is reshaped to: keys of 2 heads by 4.
 
         The columns of the keys, 16 by 4, are 2 heads of 8: each device has half of a head. So the
-        elements of heads are split too, where those of 8 queries are whole. Yields the class of
-        such a dim, the axis, and the dim's size.
+        elements of heads are split too, where those of 8 queries are whole. Who leaves such columns
+        whole is `excused`. Yields the class of such a dim, the axis, and the dim's size.
         """
         by_class: dict[tuple[int, int], list[tuple[Hashable, Axes]]] = collections.defaultdict(list)
         for who, variable, dims in declared:
             for dim, axes in enumerate(dims):
-                if axes:
+                if axes is not None:
                     key = self._classes.find(variable, dim), variable.aval.shape[dim]
                     by_class[key].append((who, axes))
         for first, second, heads, size in self._classes.merged:
             root, inner = self._classes.root(first), self._classes.root(second)
             for who, axes in by_class[root, size]:
-                self._named[inner].add(who)
+                self._named[inner] |= {who} if axes else set()
                 for axis in (axis for axis in axes if heads % sizes[axis]):
                     self._split[inner, axis].add(who)
                     yield root, axis, size
+                for axis in (axis for axis in sizes if not axes and heads % sizes[axis]):
+                    excused[root, axis].add(who)
 
     def find_least(
         self,
@@ -190,6 +200,15 @@ class Disagreements:
         """The mesh axes over which declarations may be in conflict."""
         return (*self._conflicts,)
 
+    @property
+    def declared(self) -> Group:
+        """All declarations that split something."""
+        return frozenset().union(*self._split.values())
+
+    def agree(self, axis: str) -> bool:
+        """Whether nothing is in conflict over an axis."""
+        return _agree(self._conflicts[axis])
+
     def find_split(self) -> Iterator[SplitClass]:
         """Yields the dims that operations take together or need whole, over each axis of theirs."""
         for number, source, kept in self._classes.needed:
@@ -198,7 +217,7 @@ class Disagreements:
             split = {one for (one, _), users in self._split.items() if users}
             free = tuple(one for one in others if one not in split)
             for axis in self._conflicts:
-                if users := self._users(root, axis, frozenset()):
+                if users := self.users(root, axis):
                     yield SplitClass(source, axis, root, frozenset(users), free)
 
     def classes_of(self, variable: Any, dims: Sequence[Axes | None]) -> list[int]:
@@ -261,9 +280,12 @@ class Disagreements:
                 agreed[free[-1]] = (*(agreed[free[-1]] or ()), axis)
         return tuple(agreed)
 
+    def users(self, root: int, axis: str) -> set[Hashable]:
+        """The declarations that split a class over an axis."""
+        return self._split.get((root, axis), set())
+
     def _users(self, root: int, axis: str, group: Group) -> set[Hashable]:
-        """The other declarations that split a class over an axis."""
-        return self._split.get((root, axis), set()) - group
+        return self.users(root, axis) - group
 
     def _is_free(self, root: int, axis: str, group: Group) -> bool:
         """Whether no other declaration is at odds with a class that is split over an axis."""

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.equations import is_written_in, name_derivative_rule, source_of_equation
 from .._core.scope_markers import OF_THE_STEP
+from .._core.source import Source
 from ..nn._constrain import constrain_p
 from ..report import (
     PRODUCTS,
@@ -20,9 +21,11 @@ from ..report import (
     SplitDim,
     find_readers,
 )
-from ..rules import axes_of
+from ..rules import AxisRules, axes_of
 from ._activations import Activations
+from ._constraint_names import name_layout
 from ._disagreements import Declared, Disagreements, Group
+from ._missing_rows import find_missing_rows
 from ._split_dims import DeclaredLayout, find_split_dims
 
 # Operations that compute each element of their result from one element of each operand.
@@ -51,22 +54,32 @@ def find_governing_constraints(
     """
     found = list(_find_constraints(jaxpr, activations))
     lines = [(one.source.file, one.source.line) for one, *_ in found]
-    leaves = list(_declared_leaves(jaxpr, placed, rows))
-    declared: list[Declared] = [declaration for _, declaration in leaves]
-    declared += [
+    constrained = [
         (n, variable, dims) for n, (_, variable, dims, _) in zip(lines, found, strict=True)
     ]
-    whole = (
-        who for leaf, (who, *_) in leaves if leaf.part != "batch" and not {*leaf.axes()} - {*rows}
-    )
-    disagreements = Disagreements(jaxpr, declared, dict(activations.mesh.shape), set(whole))
+    sizes = dict(activations.mesh.shape)
+
+    def compare(placed: Sequence[PlacedLeaf], rows: Collection[str]) -> Disagreements:
+        leaves = list(_declared_leaves(jaxpr, placed, rows))
+        whole = {
+            who
+            for leaf, (who, *_) in leaves
+            if leaf.part != "batch" and not {*leaf.axes()} - {*rows}
+        }
+        return Disagreements(jaxpr, [*(one for _, one in leaves), *constrained], sizes, whole)
+
+    disagreements = compare(placed, rows)
+    leaves = _declared_leaves(jaxpr, placed, rows)
     suspects = _Suspects(
         dict(reversed([*zip(lines, found, strict=True)])),  # the first of each line
         [(leaf, of) for leaf, of in leaves if not _splits_rows(leaf, rows)],
     )
     wrong = _find_wrong(disagreements, suspects)
+    missing = find_missing_rows(placed, rows, sizes, wrong, compare)
+    wrong |= dict.fromkeys(missing.axes, frozenset[Hashable](missing.leaves))
     odd = [
-        *_odd_constraints(disagreements, suspects, wrong),
+        *missing.declarations(_find_lines(jaxpr, placed, missing.leaves), disagreements),
+        *_odd_constraints(disagreements, suspects, wrong, activations.rules),
         *_odd_leaves(disagreements, suspects, wrong, jaxpr),
     ]
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
@@ -78,8 +91,24 @@ def find_governing_constraints(
             if not backward or line not in forward
         ],
         odd,
-        list(find_split_dims(disagreements, suspects.declarations())),
+        [
+            one
+            for one in find_split_dims(disagreements, suspects.declarations())
+            if one.axis not in missing.axes
+        ],
     )
+
+
+def _find_lines(
+    jaxpr: core.Jaxpr, placed: Sequence[PlacedLeaf], leaves: Collection[PlacedLeaf]
+) -> dict[PlacedLeaf, list[Source]]:
+    """The lines that read each of some leaves."""
+    variables = zip(placed, jaxpr.invars, strict=False)
+    return {
+        leaf: [line for line, _ in find_readers(jaxpr, variable)]
+        for leaf, variable in variables
+        if leaf in leaves
+    }
 
 
 class _Suspects:
@@ -110,7 +139,11 @@ class _Suspects:
         """All of them, with what can be said otherwise."""
         constraints = {
             line: DeclaredLayout(
-                f"the constraint at {one.source}", variable, dims, source=one.source
+                f"the constraint at {one.source}",
+                variable,
+                dims,
+                source=one.source,
+                names=one.names,
             )
             for line, (one, variable, dims, _) in self.constraints.items()
         }
@@ -124,6 +157,15 @@ class _Suspects:
             for who, ((leaf, variable), *_) in self.leaves.items()
         }
         return constraints | leaves
+
+    def names(self, disagreements: Disagreements) -> dict[int, set[str]]:
+        """What parameters call the dims of each class."""
+        found: dict[int, set[str]] = {}
+        for leaf, variable in (member for members in self.leaves.values() for member in members):
+            roots = disagreements.classes_of(variable, leaf.dims())
+            for root, name in zip(roots, leaf.leaf.axes or (), strict=False):
+                found.setdefault(root, set()).update({name} if name else ())
+        return found
 
     def over(self, who: Hashable) -> set[str]:
         """The axes that a leaf brings in."""
@@ -140,12 +182,18 @@ def _find_wrong(disagreements: Disagreements, suspects: _Suspects) -> dict[str, 
     of_state = {who for who, ((leaf, _), *_) in suspects.leaves.items() if leaf.part == _STATE}
     likely = suspects.constraints, of_state
     least = disagreements.find_least(possible, suspects.units, likely)
-    return {axis: frozenset.intersection(*sets) for axis, sets in least.items()}
+    at_odds = (axis for axis in disagreements.axes if not disagreements.agree(axis))
+    certain = {axis: frozenset.intersection(*sets) for axis, sets in least.items()}
+    return dict.fromkeys(at_odds, frozenset[Hashable]()) | certain
 
 
 def _odd_constraints(
-    disagreements: Disagreements, suspects: _Suspects, wrong: Mapping[str, Group]
+    disagreements: Disagreements,
+    suspects: _Suspects,
+    wrong: Mapping[str, Group],
+    rules: AxisRules | None,
 ) -> Iterator[OddDeclaration]:
+    called = suspects.names(disagreements)
     for line, (one, variable, dims, _) in suspects.constraints.items():
         axes = frozenset(axis for axis, group in wrong.items() if line in group)
         if axes:
@@ -154,7 +202,9 @@ def _odd_constraints(
             text = f"the constraint at {one.source}"
             shape = cast(Any, variable).aval.shape
             lines = frozenset(disagreements.sums_over(group, axes))
-            yield OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
+            odd = OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
+            roots = disagreements.classes_of(variable, dims)
+            yield name_layout(odd, one.names, dims, [called.get(n, ()) for n in roots], rules)
 
 
 def _odd_leaves(
@@ -223,6 +273,7 @@ def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_
         if line is None:
             continue
         source = name_derivative_rule(eqn, line)
+        names = eqn.params["names"] if eqn.primitive is constrain_p else ()
         for value, result, entries in _constrained(eqn, activations):
             lines = frozenset(_lines_before(value, made_by))
             dims = tuple(
@@ -230,7 +281,7 @@ def _find_constraints(jaxpr: core.Jaxpr, activations: Activations) -> Iterator[_
             )
             known = tuple(dim for dim in dims if dim is not None)
             is_open = None in dims or not _splits_all(eqn)
-            governing = GoverningConstraint(source, known, lines, open=is_open)
+            governing = GoverningConstraint(source, known, lines, open=is_open, names=names)
             yield governing, result, dims, "transpose(" in str(eqn.source_info.name_stack)
 
 

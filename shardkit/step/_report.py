@@ -16,7 +16,15 @@ from .._core.tracing import SETTINGS, recorded_facts
 from .._core.tree import Leaf, list_leaves, path_ends, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import CONVENTIONAL, Strategy, infer_kinds
-from ..report import CompiledBytes, Declarations, PlacedLeaf, Program, TickTable, find_batch_axes
+from ..report import (
+    CompiledBytes,
+    Declarations,
+    PlacedLeaf,
+    Program,
+    TickTable,
+    find_batch_axes,
+    restore_paths,
+)
 from ..rules import (
     AxisRules,
     DeadEntry,
@@ -90,6 +98,10 @@ def _mapped_axes(rule: Rule) -> Iterator[str]:
 
 # From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
 _SMALL = 2**20
+_NO_STACKS = (
+    "the program was traced without stacks (jax_include_full_tracebacks_in_locations is off): "
+    "functions and callers of lines are unknown, and lines that only libraries have."
+)
 # Rules whose user wrote the layout of a leaf by its path, or as `REPLICATED`.
 _EXPLICIT = ("REPLICATED", "PathRules")
 
@@ -103,9 +115,10 @@ def build_program(
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]
-    placed = tuple(list_arguments(bound, layout))
+    placed, hlo = tuple(list_arguments(bound, layout)), restore_paths(compiled.hlo)
+    notes = _list_notes(bound, compiled.jaxpr.jaxpr)
     return Program(
-        hlo=compiled.hlo,
+        hlo=hlo,
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
@@ -117,7 +130,7 @@ def build_program(
         retraced=tuple(retraced),
         declared=_build_declared(bound, layout, compiled.jaxpr, placed),
         dcn=_dcn_axes(mesh),
-        notes=tuple(_list_notes(bound, compiled.jaxpr.jaxpr)),
+        notes=(*notes, *([_NO_STACKS] if hlo != compiled.hlo else [])),
         ticks=tuple(_list_ticks(bound)),
         seconds=dict(zip(("trace", "lower", "compile"), compiled.seconds, strict=True)),
     )

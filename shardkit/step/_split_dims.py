@@ -25,9 +25,13 @@ class DeclaredLayout(NamedTuple):
     dims: Sequence[Axes | None]  # mesh axes per dim; None of a dim left open
     leaves: tuple[PlacedLeaf, ...] = ()  # those of the rule; () of a constraint
     source: Source | None = None  # the line of a constraint
+    names: tuple[str | None, ...] = ()  # the logical axes of one that has some
 
     def change(self, at: Source, axis: str, layout: tuple[Axes | None, ...]) -> OddDeclaration:
         """What it would say instead."""
+        columns = [*zip(self.names, self.dims, layout, strict=False)]
+        named = all(axes == wanted or not wanted for _, axes, wanted in columns)
+        names = tuple(name if axes == wanted else None for name, axes, wanted in columns)
         return OddDeclaration(
             self.source or at,
             frozenset({axis}),
@@ -36,6 +40,7 @@ class DeclaredLayout(NamedTuple):
             layout=layout,
             sums=frozenset(),
             leaves=self.leaves,
+            names=names if named else (),
         )
 
 
@@ -54,9 +59,15 @@ def find_split_dims(
             dims = zip(roots, one.dims, strict=True)
             layout = tuple(_move(split, to, root, axes) for root, axes in dims)
             changed.append(one.change(split.source, split.axis, layout))
-        yield SplitDim(split.source, split.axis, tuple(changed))
-    for one in declarations.values():
-        for axis in {axis for axes in one.dims for axis in axes or () if one.source}:
+        # Several matrices that agree are a pair, and no mistake.
+        paired = to is None and len(users) > 1 and all(one.leaves for one in users)
+        yield SplitDim(split.source, split.axis, () if paired else tuple(changed))
+    for who, one in declarations.items():
+        roots = disagreements.classes_of(one.variable, one.dims) if one.source else ()
+        split = {
+            (root, axis) for root, axes in zip(roots, one.dims, strict=False) for axis in axes or ()
+        }
+        for axis in {axis for root, axis in split if disagreements.users(root, axis) == {who}}:
             layout = (axes and tuple(a for a in axes if a != axis) for axes in one.dims)
             at = cast(Source, one.source)
             yield SplitDim(at, axis, (one.change(at, axis, tuple(layout)),))

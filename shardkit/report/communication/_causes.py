@@ -12,7 +12,7 @@ from ..._core.source import Source
 from .._placed_leaf import PlacedLeaf
 from ..hlo._hlo import parse_shapes
 from ..hlo._scope import last_name
-from ._entries import EXPLICIT, PRODUCTS, find_entry, splits_matrix, weights_of_products
+from ._entries import EXPLICIT, PRODUCTS, find_entry, splits_matrix
 from ._governing import OddDeclaration, find_governing
 from ._ledger import LedgerRow
 from ._line_graph import LineGraph
@@ -72,8 +72,12 @@ class Causes:
         stored = {"weights", "optimizer_state"}
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
         self._entries: dict[tuple[str, ...], Source | None] = {}
+        leaves = (axis for leaf in program.leaves for axis in leaf.axes())
+        dims = (dim for one in program.declared.governing for dim in one.dims)
+        # What nothing is declared over, a partitioner uses where it has to move something else.
+        self._unused = {*program.sizes} - {*leaves} - {axis for dim in dims for axis in dim}
         self._lines = program.jaxpr and LineGraph(program.jaxpr.jaxpr)
-        self.weights = weights_of_products(program)
+        self.weights = program.weights
         self.constraint_lines = {one.source for one in program.declared.governing}
 
     def find(self, sent: Transfer) -> tuple[Source | None, str]:
@@ -133,7 +137,8 @@ class Causes:
         row = sent.row
         if row.phase == "update" and self._program.own_layouts(row.axes):
             return None  # moments are laid out unlike their parameter
-        over = [one for one in self._program.declared.odd if one.axes & {*row.axes}]
+        declared = self._program.declared.odd
+        over = [one for one in declared if one.axes & {*row.axes} or self._unused & {*row.axes}]
         odd = [one for one in over if not one.either] or over
         if odd and odd[0].either and len({one.source for one in odd}) > 1:
             return None

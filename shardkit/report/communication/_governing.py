@@ -31,12 +31,14 @@ class GoverningConstraint:
       dims: mesh axes that split each dim of the constrained array, without those left open.
       lines: `(file, line)` of the operations between it and the last product before it.
       open: it leaves a dim to the partitioner, as `jax.vmap` does with the one that it maps.
+      names: logical axes of the dims, of `sk.nn.constrain`; () of another one.
     """
 
     source: Source
     dims: tuple[tuple[str, ...], ...]
     lines: frozenset[Line]
     open: bool = False
+    names: tuple[str | None, ...] = ()
 
     def forbids(self, axes: Sequence[str], batch_axes: Collection[str]) -> bool:
         """Whether it keeps a result from being split as its operands are.
@@ -65,6 +67,10 @@ class OddDeclaration:
       readers: the lines that read the leaf, `source` among them; () of a constraint.
       leaves: those of the parameters, the model state or the batch that it lays out; () of a
         constraint.
+      names: of a constraint by `sk.nn.constrain`, the logical axes that say `layout`; () where none
+        do, and of others.
+      mapped: logical axes that activations should map to other mesh axes: where parameters have
+        the same names.
       either: they are matrices of which another one, that disagrees, can be changed as well.
       beside: what the same rule says of other leaves, where it disagrees only with all of these.
     """
@@ -77,6 +83,8 @@ class OddDeclaration:
     sums: frozenset[tuple[str, int, tuple[int, ...]]]
     readers: frozenset[Line] = frozenset()
     leaves: tuple[PlacedLeaf, ...] = ()
+    names: tuple[str | None, ...] = ()
+    mapped: tuple[tuple[str, tuple[str, ...]], ...] = ()
     either: bool = False
     beside: tuple["OddDeclaration", ...] = ()
 
@@ -122,7 +130,7 @@ class SplitDim:
       source: the operation's line.
       axis: the mesh axis that splits it.
       declarations: all that split it so, each with a layout of its own in which the axis splits
-        another dim of the operation, or none.
+        another dim of the operation, or none; () of matrices that could only all be whole.
     """
 
     source: Source

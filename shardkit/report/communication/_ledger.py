@@ -21,7 +21,7 @@ from ..hlo._scope import (
     split_op_name,
 )
 from ..hlo._slices import Slices
-from ..hlo._source_lines import Sources
+from ..hlo._source_lines import Sources, restore_paths
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
 _NO_ROW = "The ledger has no such row."
@@ -309,6 +309,7 @@ def read_ledger(
       mesh: names and sizes of the mesh axes, in the mesh's order.
       dcn: names of the axes that cross slices, with the number of slices along each.
     """
+    hlo = restore_paths(hlo)
     return build_ledger(parse(hlo), hlo, mesh, dcn)
 
 

@@ -36,6 +36,7 @@ class Finding:
       declarations: those that the fix changes, `PathRules["**/w"] of params/w`: which all others
         disagree with, or, of `"move"`, which split a dim that an operation needs; else ().
       remaining: bytes that the whole step would send with the best of them; None if not compiled.
+      tried: `alternatives` were compiled; what came of it stands in `fix`.
     """
 
     kind: str
@@ -51,6 +52,12 @@ class Finding:
     alternatives: tuple[str, ...] = ()
     declarations: tuple[str, ...] = ()
     remaining: int | None = None
+    tried: bool = False
+
+    @property
+    def fix_title(self) -> str:
+        """What stands before the fix: whether it was compiled, where bytes are to come down."""
+        return "Fix" if self.tried or not self.bytes else "Fix, not tried"
 
     def __str__(self) -> str:
         """Returns `replicated params/w, 16.0 KiB: …`."""

@@ -90,9 +90,10 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             fix, alternative = f'accumulate=sk.Accumulate({steps}, reduce="end")', "end"
         else:
             context = ", in a loop that adds up the results"
-            fix = 'accumulate=sk.Accumulate(k, reduce="end") in place of a loop over parts of the '
+            alternative = "shard_map" if program.fits_shard_map else ""
+            fix = 'mode="shard_map", which reduces them behind the loop; or ' if alternative else ""
+            fix += 'accumulate=sk.Accumulate(k, reduce="end") in place of a loop over parts of the '
             fix += "batch; in any other loop, use each parameter once"
-            alternative = "shard_map"
         yield Finding(
             "reduction_in_loop",
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
@@ -101,7 +102,7 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             **about_rows(program.ledger, rows),
             why=f"each gradient is reduced {times:.3g} times per step over {axis!r}{context}",
             fix=fix,
-            alternatives=(alternative,),
+            alternatives=(alternative,) if alternative else (),
         )
 
 

@@ -139,5 +139,13 @@ def format_spec(dims: Sequence[Sequence[str]]) -> str:
     >>> format_spec([("data",), (), ("fsdp", "tensor")])
     "P('data', None, ('fsdp', 'tensor'))"
     """
-    entries = [repr(tuple(d)) if len(d) > 1 else repr(d[0]) if d else "None" for d in dims]
-    return f"P({', '.join(entries)})"
+    return f"P({', '.join(map(format_axes, dims))})"
+
+
+def format_axes(axes: Sequence[str]) -> str:
+    """Writes the axes of one dim.
+
+    >>> format_axes(()), format_axes(("data",)), format_axes(("data", "fsdp"))
+    ('None', "'data'", "('data', 'fsdp')")
+    """
+    return repr(tuple(axes)) if len(axes) > 1 else repr(axes[0]) if axes else "None"

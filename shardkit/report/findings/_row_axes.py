@@ -13,6 +13,9 @@ A constraint of x to its rows turns both back into gathers of weights.
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from ..._core.equations import source_of_equation
 from ..._core.source import Source
@@ -115,8 +118,10 @@ def _repeated(
         why=f"{times:.3g} gradients are reduced over {axis!r} where {len(leaves)} would do, of "
         f"{', '.join(leaf.name for leaf in leaves[:3])}{', …' if leaves[3:] else ''}: one for each "
         "use of a parameter",
-        fix='mode="shard_map", which adds them up on each device and reduces once',
-        alternatives=("shard_map",),
+        fix='mode="shard_map", which adds them up on each device and reduces once'
+        if program.fits_shard_map
+        else "",
+        alternatives=("shard_map",) if program.fits_shard_map else (),
     )
 
 
@@ -241,22 +246,39 @@ def _with_remedy(program: Program, finding: Finding | None) -> Iterator[Finding]
     """The finding with what ends it: a constraint where rows are lost first, or another mode."""
     if finding is None:
         return
-    first, lost = finding.source, ["shard_map"]
+    first, mode = finding.source, ["shard_map"] if program.fits_shard_map else []
     where = f" at {first}" if first else ""
     line = (first.file, first.line) if first else ("", 0)
     axes = tuple(axis for axis in program.sizes if axis in program.batch_axes)
     entry = axes[0] if len(axes) == 1 else axes
     rule = f'sk.AxisRules({{"batch": {entry!r}}})'
     known = set(axes) <= set(program.declared.activation_axes)
+    code = f'sk.nn.constrain(x, "batch", {_other_dims(line, program)})'
     if any((one.source.file, one.source.line) == line for one in program.declared.governing):
-        fix, lost = f'sk.nn.constrain(x, "batch", ...){where}: rows stay where they are', []
-    elif any(line in one.lines for one in program.declared.governing):
-        fix = f'mode="shard_map", which gathers the weights used{where} instead'
+        fix, lost = f"{code}{where}: rows stay where they are", []
+    elif mode and any(line in one.lines for one in program.declared.governing):
+        fix, lost = f'mode="shard_map", which gathers the weights used{where} instead', mode
     else:
-        fix = f'x = sk.nn.constrain(x, "batch", ...) with the result{where}, where rows are lost '
-        fix += "first" + ("" if known else f", and activations={rule}") + '; or mode="shard_map"'
-        lost = ["constrain", "shard_map"] if first else lost
+        fix = f"x = {code} with the result{where}, where rows are lost first"
+        fix += "" if known else f", and activations={rule}"
+        fix += '; or mode="shard_map"' if mode else ""
+        lost = ["constrain", *mode] if first else mode
     yield dataclasses.replace(finding, fix=fix, alternatives=tuple(lost))
+
+
+def _other_dims(line: tuple[str, int], program: Program) -> str:
+    """`None` for each dim but the rows of the last activation that a line computes; or `...`."""
+    batch = [leaf for leaf in program.leaves if leaf.part == "batch" and leaf.dims()]
+    rows = {leaf.leaf.shape[0] for leaf in batch if {*leaf.dims()[0]} & program.batch_axes}
+    known = "..."
+    for eqn in equations(program.jaxpr.jaxpr) if program.jaxpr else ():
+        made: Any = eqn.outvars[0].aval if eqn.outvars else None
+        shape = getattr(made, "shape", ())
+        if len(shape) > 1 and shape[0] in rows and jnp.issubdtype(made.dtype, jnp.floating):
+            source = source_of_equation(eqn)
+            if source and (source.file, source.line) == line:
+                known = ", ".join(["None"] * (len(shape) - 1))
+    return known
 
 
 def _minimum(program: Program, axes: Sequence[str]) -> float:

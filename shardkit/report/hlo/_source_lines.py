@@ -8,9 +8,13 @@ The text opens with four tables, and an instruction's metadata has a number into
     StackFrames           1 {file_location_id=1 parent_frame_id=1}
     … metadata={op_name="jit(step)/dot_general" stack_frame_id=1}
 
+Where `jax_include_full_tracebacks_in_locations` is off, the table of functions has the paths of JAX
+scopes, of which an instruction's own is only the end, and no frame has a caller.
+
 Older compilers write `source_file="…" source_line=42` into the metadata instead.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -23,8 +27,18 @@ _ENTRY = re.compile(r"^(\d+) (?:\"((?:[^\"\\]|\\.)*)\"|\{([^}]*)\})\s*$")
 _FIELD = re.compile(r"(\w+)=(\d+)")
 _FRAME_ID = re.compile(r"stack_frame_id=(\d+)")
 _OLD_FORM = re.compile(r'source_file="((?:[^"\\]|\\.)*)" source_line=(\d+)')
+_OWN_PATH = re.compile(r'op_name="((?:[^"\\]|\\.)*)"([^}\n]*?stack_frame_id=(\d+))')
+_PATH = "jit("
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _DEEPEST = 1000
+
+
+def restore_paths(hlo: str) -> str:
+    """The text of a program with whole paths where it was traced without stacks; else the same."""
+    sources = Sources(hlo)
+    if not sources.lack_stacks:
+        return hlo
+    return _OWN_PATH.sub(lambda match: sources.with_path(match), hlo)
 
 
 def place_of(instruction: Instruction) -> str:
@@ -54,9 +68,9 @@ def result_names(instruction: Instruction, operand: str, here: Computation) -> l
 class Sources:
     """The sources of one program's instructions; unknown where its text has no tables."""
 
-    def __init__(self, hlo: str, module: Module) -> None:
+    def __init__(self, hlo: str, module: Module | None = None) -> None:
         """Reads the tables at the start of `compiled.as_text()`, which `module` is parsed from."""
-        self._module = module
+        self._module = module or Module("", {}, "")
         self._at: dict[str, Source | None] = {}
         self._tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
         table: dict[int, str] | None = None
@@ -68,6 +82,17 @@ class Sources:
         # The outermost frame has no parent. Compilers print that as 0, or count parents from 1.
         first = dict(_FIELD.findall(self._tables["StackFrames"].get(1, "")))
         self._no_parent = int(first.get("parent_frame_id", 0))
+
+    @property
+    def lack_stacks(self) -> bool:
+        """Whether functions are the paths of JAX scopes: the program was traced without stacks."""
+        return any(name.startswith(_PATH) for name in self._tables["FunctionNames"].values())
+
+    def with_path(self, match: "re.Match[str]") -> str:
+        """The path of an instruction, with that of its frame before it."""
+        frame = next(self._stack(int(match[3])), None)
+        path = f"{frame.function}/" if frame and frame.function.startswith(_PATH) else ""
+        return f'op_name="{path}{match[1]}"{match[2]}'
 
     def of(self, instruction: Instruction, here: Computation) -> Source | None:
         """The source of an instruction; without metadata, that of its nearest neighbours.
@@ -112,7 +137,11 @@ class Sources:
                 if old
                 else self._stack(int(place.partition("=")[2]))
             )
-            self._at[place] = choose_source(frames)
+            known = (
+                dataclasses.replace(one, function="?") if one.function.startswith(_PATH) else one
+                for one in frames
+            )
+            self._at[place] = choose_source(known)
         return self._at.get(place)
 
     def _stack(self, number: int) -> Iterator[Frame]:

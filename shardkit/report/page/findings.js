@@ -1,7 +1,9 @@
 function draw_findings() {
-  const rows = report.findings;
+  const { findings: rows, kept } = report;
   const target = section("findings", "Findings", ["compiled"]);
-  if (!rows.length) return target.append(el("p.quiet", "None."));
+  const folded = el("ol.findings", kept.map(finding));
+  const below = kept.length ? fold(`${kept.length} more, without a better fix`, folded) : "";
+  if (!rows.length) return target.append(el("p.quiet", "None."), below);
   const shows = el("ol.findings");
   const more = button("", () => grow(), { class: "more" });
   let shown = 0;
@@ -13,7 +15,7 @@ function draw_findings() {
     more.textContent = `Show ${integer(Math.min(40, left))} more of ${integer(left)}`;
   }
   grow(6);
-  target.append(shows, more);
+  target.append(shows, more, below);
 }
 
 function finding(one) {
@@ -34,11 +36,11 @@ function finding(one) {
       leaf ? button("Show its layout", shows, { class: "link" }) : "",
     ),
     el("p", one.why),
-    copyable(one.fix),
+    one.fix ? copyable(one) : "",
   );
 }
 
-function copyable(text) {
+function copyable({ fix: text, tried, bytes }) {
   const code = el("code", text);
   const copy = async (event) => {
     const pressed = event.currentTarget;
@@ -54,7 +56,7 @@ function copyable(text) {
   };
   return el(
     "div.fix",
-    el("span.name", "Fix"),
+    el("span.name", tried || !bytes ? "Fix" : "Fix, not tried"),
     code,
     button("Copy", copy, { "aria-label": "Copy the fix" }),
   );
