@@ -98,11 +98,13 @@ def check_rows(
         return {}
     split = count, part, splits
     with _row_by_row():
-        followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
+        followed = _follow(
+            _with_gradients(objective, partition), args, dims, split, over_parts, whole
+        )
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
         with _row_by_row():
-            followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
+            followed = _follow(_with_gradients(frozen, None), args, dims, split, (), whole)
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
     problems = _problems(followed, splits, whole, growth)
@@ -145,6 +147,7 @@ def _follow(
     dims: RowDims,
     split: tuple[int, int | None, str],
     over_parts: tuple[str, ...],
+    whole: str,
 ) -> Any:
     """States of the results of `run`, from two traces.
 
@@ -154,6 +157,7 @@ def _follow(
       dims: of the leaves of the batch.
       split: the rows of the batch and of a part, and what splits them.
       over_parts: see `check_rows`.
+      whole: see `check_rows`.
     """
     params, model_state, batch, key = args
     count, part, splits = split
@@ -169,7 +173,9 @@ def _follow(
         except Exception as error:  # a user's code
             if rows == count:
                 raise
-            raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
+            problem = _written_for(count, rows, error, splits, dims)
+            fix = f"{problem.fix}; or {whole}"
+            raise_all(StepError, _HEADLINE, [dataclasses.replace(problem, fix=fix)])
     (few, output), (many, _) = (traces[rows] for rows in sizes)
     inputs: list[State] = [
         Constant(SCALE_DEGREE),
@@ -207,8 +213,11 @@ def _written_for(count: int, rows: int, error: Exception, splits: str, dims: Row
     reason = f"{type(error).__name__}: {first_line(error)}"
     why = f"is written for {count} rows: fails on {rows} ({reason}), and {splits} splits them"
     if "shard" in reason.lower():  # of the model's own, as a `jax.shard_map`
-        return Problem("loss_fn", why, f"no sharding of its own that splits the rows; or {WHOLE}")
-    fix = "sizes from the batch (len(batch[...])), no number of rows written out"
+        return Problem("loss_fn", why, "no sharding of its own that splits the rows")
+    fix = (
+        "sizes and rows from the batch that is passed (len(batch[...])), no number of rows written "
+        "out and no array of rows closed over"
+    )
     if None in dims:
         fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
     return Problem("loss_fn", why, fix)
