@@ -96,15 +96,13 @@ def check_rows(
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
-    split = count, part, splits
+    split = count, part, splits, whole
     with _row_by_row():
-        followed = _follow(
-            _with_gradients(objective, partition), args, dims, split, over_parts, whole
-        )
+        followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
     if by_rows and frozen is not None:
         with _row_by_row():
-            followed = _follow(_with_gradients(frozen, None), args, dims, split, (), whole)
+            followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
         by_rows, whole, adds = [], _FROZEN, False
     growth = _growth(followed[0]) if adds and not over_parts else {}
     problems = _problems(followed, splits, whole, growth)
@@ -145,9 +143,8 @@ def _follow(
     run: Callable[..., Any],
     args: LossArgs,
     dims: RowDims,
-    split: tuple[int, int | None, str],
+    split: tuple[int, int | None, str, str],
     over_parts: tuple[str, ...],
-    whole: str,
 ) -> Any:
     """States of the results of `run`, from two traces.
 
@@ -155,12 +152,11 @@ def _follow(
       run: from `_with_gradients`.
       args: of the loss; see `check_rows`.
       dims: of the leaves of the batch.
-      split: the rows of the batch and of a part, and what splits them.
+      split: the rows of the batch and of a part, what splits them, and how not to.
       over_parts: see `check_rows`.
-      whole: see `check_rows`.
     """
     params, model_state, batch, key = args
-    count, part, splits = split
+    count, part, splits, whole = split
     sizes, least = _compared(count, part), 1 if part == 1 else count
     traces = {}
     # The declared rows first: what fails on these is no matter of parts, and raised as it is.
