@@ -155,6 +155,37 @@ def test_rows_that_a_model_folds_and_unfolds_are_followed(model):
     assert bool(found) == (gap_of_gradient(step, model, rows) > 1e-3)
 
 
+FILLED_IN_TURN = {
+    "rows": (lambda w, x: jax.lax.map(lambda row: jnp.tanh(row @ w), x), 1),
+    "elements": (lambda w, x: jax.lax.map(jnp.tanh, (x @ w).reshape(-1)).reshape(-1, 16), 1),
+    "micro-batches": (lambda w, x: jax.lax.map(lambda row: jnp.tanh(row @ w), x) @ w.T, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["rows", "micro-batches", pytest.param("elements", marks=SLOW)])
+def test_what_a_loop_fills_in_turn_is_no_lost_order(name):
+    """Each device fills its own rows, or all of them."""
+    model, accumulate = FILLED_IN_TURN[name]
+    x, y = RNG.normal(size=(24, 8)).astype("f"), np.arange(24)
+
+    def squares(params, batch, key):
+        return jnp.mean((model(params["w"], batch["x"]) - batch["y"][:, None]) ** 2)
+
+    step = sk.compile_step(
+        squares,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (8, 16)) / 2},
+        batch={"x": x, "y": y},
+        mesh=sk.MeshSpec(data=3, tensor=2).build(devices=jax.devices()[:6]),
+        strategy=sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data")),
+        accumulate=accumulate,
+    )
+    state = step.init(jax.random.key(0))
+    want = jax.grad(lambda p: squares(p, {"x": x, "y": y}, None))(jax.device_get(state.params))["w"]
+    got = step.gradients(state, {"x": x, "y": y})[1]["w"]
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
+
+
 def test_a_miscompiled_step_can_be_kept_as_a_finding():
     step = compiled(("data", "fsdp"), ("fsdp", "tensor"), on_miscompiled="report")
     found = [f for f in step.report().findings if f.kind == "miscompiled"]
