@@ -121,6 +121,10 @@ class _Walk:
             return None if known == ANYWHERE else known
         if a == b or ANYWHERE in (a, b):
             return join_starts(a, b)
+        if len(set(a)) == 1 or len(set(b)) == 1:
+            # As large whole as split: they are two dims, beside ones of a single element on a
+            # device that are left out, as `[heads, 8]` with a head on each device is.
+            return None
         differ = sum(x != y for x, y in zip(a, b, strict=True))
         self.found[instruction.name, dim] = Misaligned(instruction, shape, dim, differ)
         return None
