@@ -366,17 +366,36 @@ def test_shares_of_queries_that_are_split_over_other_rows_are_no_lost_order():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=SLOW)])
-def test_a_head_on_each_device_that_is_left_out_is_no_lost_order(accumulate):
-    """Of `[heads, 4]` with one head on a device a split dim of 4 is left there, as whole keys."""
+def attended(queries, keys):
+    shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", queries, keys))
+    return jnp.einsum("bhqk,bkhd->bqhd", shares, keys)
+
+
+def heads(x, width):
+    return x.reshape(*x.shape[:2], -1, width)
+
+
+WITH_HEADS = {
+    "grouped queries": lambda p, x: attended(
+        heads(x @ p["q"], 4), jnp.repeat(heads(x @ p["kv"], 4), 2, 2)
+    ).reshape(*x.shape[:2], 16),
+    "one key": lambda p, x: attended(
+        heads(x @ p["q"], 8), jnp.repeat(heads(x @ p["kv"], 8), 2, 2)
+    ).reshape(*x.shape[:2], 16),
+    "mean of heads": lambda p, x: jnp.tile(jnp.tanh(heads(x @ p["q"], 8)).mean(2), 2),
+    "largest of heads": lambda p, x: jnp.tile(heads(x @ p["q"], 8).max(2), 2),
+    "halves of a weight": lambda p, x: jnp.tile(x @ p["q"].reshape(8, 2, 8).sum(1), 2),
+}
+HEADS = [*WITH_HEADS][::2], [*WITH_HEADS][1::2]
+
+
+@pytest.mark.parametrize("name", [*HEADS[0], *(pytest.param(n, marks=SLOW) for n in HEADS[1])])
+def test_a_head_on_each_device_that_is_left_out_is_no_lost_order(name):
+    """Of `[heads, 8]` with one head on a device a split dim of 8 is left, as a whole key has."""
     x = RNG.normal(size=(24, 6, 8)).astype("f")
 
-    def attend(params, batch, key):
-        q = (batch @ params["q"]).reshape(-1, 6, 4, 4)
-        kv = jnp.repeat((batch @ params["kv"]).reshape(-1, 6, 2, 4), 2, 2)
-        shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, kv))
-        out = jnp.einsum("bhqk,bkhd->bqhd", shares, kv).reshape(-1, 6, 16)
-        return jnp.mean((out @ params["o"] - batch) ** 2)
+    def squares(params, batch, key):
+        return jnp.mean((WITH_HEADS[name](params, batch) @ params["o"] - batch) ** 2)
 
     def init(key):
         shapes = {"q": (8, 16), "kv": (8, 8), "o": (16, 8)}
@@ -384,20 +403,19 @@ def test_a_head_on_each_device_that_is_left_out_is_no_lost_order(accumulate):
 
     rules = {"o": P("tensor", "fsdp"), "**": P("fsdp", "tensor")}
     step = sk.compile_step(
-        attend,
+        squares,
         optax.sgd(0.1),
         init=init,
         batch=x,
         mesh=build_mesh(NAMES),
         strategy=sk.Strategy(params=sk.PathRules(rules), batch=P(("data", "fsdp"))),
-        accumulate=accumulate,
     )
     state = step.init(jax.random.key(0))
-    want = jax.grad(lambda p: attend(p, x, None))(jax.device_get(state.params))
+    want = jax.grad(lambda p: squares(p, x, None))(jax.device_get(state.params))
     got = step.gradients(state, x)[1]
-    for name in want:
-        largest = float(np.abs(want[name]).max())
-        np.testing.assert_allclose(got[name], want[name], atol=1e-5 * largest)
+    for leaf in want:
+        largest = float(np.abs(want[leaf]).max())
+        np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5 * largest)
 
 
 def test_rows_of_a_gradient_that_are_gathered_in_another_order_are_refused():
