@@ -293,9 +293,9 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
     why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
     if weight == 0 and total == 1:
         fix = "jnp.mean(...), or sk.Mean(total, weight) with the number of rows as weight"
-        return Problem(name, why, fix)
+        return Problem(name, why, f"{fix}; or {whole}")
     why = f"total is {describe(mean.total)}, weight {describe(mean.weight)}"
-    return Problem(name, why, "sk.Mean(total, weight) of two sums over rows")
+    return Problem(name, why, f"sk.Mean(total, weight) of two sums over rows; or {whole}")
 
 
 def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:
