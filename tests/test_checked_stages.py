@@ -189,7 +189,7 @@ REFUSED = {
     ),
     "rows of the whole batch": (
         stack(lambda x, rows, batch: jnp.mean(squares(x) * batch["y"])),
-        "is written for 8 rows: fails on 2",
+        "no array of rows closed over; or the same before or after sk.nn.layer_stack",
     ),
     "two views against one another": (
         stack(

@@ -155,6 +155,37 @@ def test_rows_that_a_model_folds_and_unfolds_are_followed(model):
     assert bool(found) == (gap_of_gradient(step, model, rows) > 1e-3)
 
 
+FILLED_IN_TURN = {
+    "rows": (lambda w, x: jax.lax.map(lambda row: jnp.tanh(row @ w), x), 1),
+    "elements": (lambda w, x: jax.lax.map(jnp.tanh, (x @ w).reshape(-1)).reshape(-1, 16), 1),
+    "micro-batches": (lambda w, x: jax.lax.map(lambda row: jnp.tanh(row @ w), x) @ w.T, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["rows", "micro-batches", pytest.param("elements", marks=SLOW)])
+def test_what_a_loop_fills_in_turn_is_no_lost_order(name):
+    """Each device fills its own rows, or all of them."""
+    model, accumulate = FILLED_IN_TURN[name]
+    x, y = RNG.normal(size=(24, 8)).astype("f"), np.arange(24)
+
+    def squares(params, batch, key):
+        return jnp.mean((model(params["w"], batch["x"]) - batch["y"][:, None]) ** 2)
+
+    step = sk.compile_step(
+        squares,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (8, 16)) / 2},
+        batch={"x": x, "y": y},
+        mesh=sk.MeshSpec(data=3, tensor=2).build(devices=jax.devices()[:6]),
+        strategy=sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data")),
+        accumulate=accumulate,
+    )
+    state = step.init(jax.random.key(0))
+    want = jax.grad(lambda p: squares(p, {"x": x, "y": y}, None))(jax.device_get(state.params))["w"]
+    got = step.gradients(state, {"x": x, "y": y})[1]["w"]
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
+
+
 def test_a_miscompiled_step_can_be_kept_as_a_finding():
     step = compiled(("data", "fsdp"), ("fsdp", "tensor"), on_miscompiled="report")
     found = [f for f in step.report().findings if f.kind == "miscompiled"]
@@ -333,6 +364,58 @@ def test_shares_of_queries_that_are_split_over_other_rows_are_no_lost_order():
     want = jax.grad(plain)(jax.device_get(state.params))
     got = step.gradients(state, {"x": x})[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), got, want)
+
+
+def attended(queries, keys):
+    shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", queries, keys))
+    return jnp.einsum("bhqk,bkhd->bqhd", shares, keys)
+
+
+def heads(x, width):
+    return x.reshape(*x.shape[:2], -1, width)
+
+
+WITH_HEADS = {
+    "grouped queries": lambda p, x: attended(
+        heads(x @ p["q"], 4), jnp.repeat(heads(x @ p["kv"], 4), 2, 2)
+    ).reshape(*x.shape[:2], 16),
+    "one key": lambda p, x: attended(
+        heads(x @ p["q"], 8), jnp.repeat(heads(x @ p["kv"], 8), 2, 2)
+    ).reshape(*x.shape[:2], 16),
+    "mean of heads": lambda p, x: jnp.tile(jnp.tanh(heads(x @ p["q"], 8)).mean(2), 2),
+    "largest of heads": lambda p, x: jnp.tile(heads(x @ p["q"], 8).max(2), 2),
+    "halves of a weight": lambda p, x: jnp.tile(x @ p["q"].reshape(8, 2, 8).sum(1), 2),
+}
+HEADS = [*WITH_HEADS][::2], [*WITH_HEADS][1::2]
+
+
+@pytest.mark.parametrize("name", [*HEADS[0], *(pytest.param(n, marks=SLOW) for n in HEADS[1])])
+def test_a_head_on_each_device_that_is_left_out_is_no_lost_order(name):
+    """Of `[heads, 8]` with one head on a device a split dim of 8 is left, as a whole key has."""
+    x = RNG.normal(size=(24, 6, 8)).astype("f")
+
+    def squares(params, batch, key):
+        return jnp.mean((WITH_HEADS[name](params, batch) @ params["o"] - batch) ** 2)
+
+    def init(key):
+        shapes = {"q": (8, 16), "kv": (8, 8), "o": (16, 8)}
+        return {name: jax.random.normal(key, shape) / 3 for name, shape in shapes.items()}
+
+    rules = {"o": P("tensor", "fsdp"), "**": P("fsdp", "tensor")}
+    step = sk.compile_step(
+        squares,
+        optax.sgd(0.1),
+        init=init,
+        batch=x,
+        mesh=build_mesh(NAMES),
+        strategy=sk.Strategy(params=sk.PathRules(rules), batch=P(("data", "fsdp"))),
+    )
+    state = step.init(jax.random.key(0))
+    want = jax.grad(lambda p: squares(p, x, None))(jax.device_get(state.params))
+    got = step.gradients(state, x)[1]
+    for leaf in want:
+        largest = float(np.abs(want[leaf]).max())
+        np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5 * largest)
 
 
 def test_rows_of_a_gradient_that_are_gathered_in_another_order_are_refused():

@@ -24,7 +24,7 @@ from shardkit.planner._propagation import _RULES, KEEPS_PARTIAL, MATERIALIZED, S
 from shardkit.report.time._flops import _COUNTED
 from shardkit.step.rows import AlwaysZero, Constant, Mixed, PerRow, RowSum, follow_rows
 from shardkit.step.rows._equation import RowCounts
-from shardkit.step.rows._rules import RULES
+from shardkit.step.rows._rules import RULES, SCALE_DEGREE
 
 ROWS = 16
 TWICE = RowCounts(ROWS, 2 * ROWS)
@@ -717,6 +717,11 @@ OTHERS = {
         (X,),
         "mul",
     ),
+    "offsets of graphs": (
+        lambda p, x, y, k: jnp.mean(mlp(p, x.reshape(-1, 4))[(jnp.arange(len(x)) * 4 + y)]),
+        (X, LABELS),
+        "mul",
+    ),
     "neighbours": (lambda p, x, k: jnp.mean(mlp(p, x) * jnp.roll(x, 1, 0)), (X,), "slice"),
     "log of rows": (lambda p, x, k: jnp.mean(mlp(p, x)) + jnp.log(len(x)), (X,), "add"),
     "cumulative": (lambda p, x, k: jnp.mean(jnp.cumsum(mlp(p, x), 0) ** 2), (X,), "cumsum"),
@@ -731,6 +736,7 @@ def test_what_mixes_rows_is_named_with_its_line(name):
     assert isinstance(state, Mixed)
     assert state.cause.operation == operation
     assert state.cause.where.startswith("test_rows.py:")
+    assert ("jax.vmap(f)(rows)" in state.cause.fix) >= (name in ("place", "offsets of graphs"))
 
 
 def test_rows_are_right_sides_of_one_matrix():
@@ -852,6 +858,13 @@ def solved_by_one_matrix(p, x, k):
     return jnp.mean(jnp.sum(x * jax.scipy.linalg.cho_solve(factor, x.T).T, -1))
 
 
+def solved_by_steps(p, x, k):
+    """Conjugate gradients end where a residual is small beside a right side, of a gradient too."""
+    system = p["w"] @ p["w"].T + jnp.eye(4)
+    solve = jax.vmap(lambda row: jax.scipy.sparse.linalg.cg(lambda v: system @ v, row)[0])
+    return jnp.mean(mlp(p, solve(x)) ** 2)
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"mode": "shard_map"}], ids=str)
 @pytest.mark.parametrize(
     "loss",
@@ -860,12 +873,23 @@ def solved_by_one_matrix(p, x, k):
         in_loops_and_systems,
         *(lambda p, x, k, loss=loss: loss(p, x) for loss in NUMBERED.values()),
         solved_by_one_matrix,
+        solved_by_steps,
         lambda p, x, k: jnp.sum((mlp(p, x) - 1) ** 2) / 64,
         lambda p, x, k: jnp.sum((mlp(p, x) - 1) ** 2),
         lambda p, x, k: sk.Mean(jnp.sum((mlp(p, x) - 1) ** 2), 16.0),
         lambda p, x, k: jnp.mean(mlp(p, x) ** 2) / len(x),
     ],
-    ids=["in turn", "loops and systems", *NUMBERED, "one matrix", "/ 64", "sum", "Mean", "1 / n"],
+    ids=[
+        "in turn",
+        "loops and systems",
+        *NUMBERED,
+        "one matrix",
+        "cg",
+        "/ 64",
+        "sum",
+        "Mean",
+        "1 / n",
+    ],
 )
 def test_losses_of_each_row_give_the_gradients_of_one_device(loss, options):
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("f")
@@ -886,6 +910,35 @@ def test_losses_of_each_row_give_the_gradients_of_one_device(loss, options):
     # roundings of an entry in which large terms cancel.
     unit = np.abs(want["w"]).max()
     np.testing.assert_allclose(got["w"] / unit, want["w"] / unit, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [
+        (lambda g: jnp.maximum(g, 0), RowSum(SCALE_DEGREE)),
+        (lambda g: g * (g > 0) + jnp.abs(g), RowSum(SCALE_DEGREE)),
+        (lambda g: jnp.sqrt(g**2), RowSum(SCALE_DEGREE)),
+        (jnp.sign, RowSum(1)),
+        (lambda g: jnp.maximum(g, 1), None),
+        (lambda g: g * (g > 1), None),
+        (jnp.tanh, None),
+        (lambda g: g - g.min(0), None),
+    ],
+)
+def test_a_function_of_a_gradient_scales_with_it_or_is_refused(rule, state):
+    @jax.custom_vjp
+    def changed(y):
+        return y
+
+    changed.defvjp(lambda y: (y, None), lambda _, g: (rule(g),))
+
+    def run(p, scale, x):
+        return jax.grad(lambda p: scale * jnp.mean(changed(mlp(p, x)) ** 2))(p)["w"]
+
+    few, many = (jax.make_jaxpr(run)(W, 1.0, jnp.ones((n, 4))) for n in TWICE)
+    inputs = [Constant(), Constant(), Constant(SCALE_DEGREE), PerRow(0)]
+    (gradient,) = follow_rows(few, many, inputs, TWICE)
+    assert gradient == state or (state is None and isinstance(gradient, Mixed))
 
 
 def test_a_custom_gradient_that_mixes_rows_is_seen_in_the_gradient():
@@ -988,8 +1041,9 @@ BY_SIZE = {
 )
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
-    with pytest.raises(StepError, match="The rows of the batch cannot be split"):
+    with pytest.raises(StepError, match="The rows of the batch cannot be split") as told:
         compiled(BY_SIZE[name], batch=jax.ShapeDtypeStruct((32, 4), jnp.float32), **options)
+    assert "the whole batch at once" in str(told.value)
 
 
 def counted_in_a_loop(p, x, k):

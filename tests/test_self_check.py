@@ -251,6 +251,21 @@ def test_a_rough_loss_is_too_noisy_and_not_wrong():
     assert check.verdict == "too noisy"
 
 
+@pytest.mark.parametrize(
+    ("size", "wrong", "verdict"),
+    [(1.0, 1.0, "too noisy"), (1.0, 3.0, "FAILED"), (0.05, 1.2, "FAILED"), (0.0, 1.0, "ok")],
+)
+def test_corners_of_a_loss_excuse_what_they_add_and_no_more(size, wrong, verdict):
+    """Beyond a corner that is nearer than any step, another row is the hardest of its batch."""
+    params, near = np.linspace(0.5, 2, 7), 1e-5
+
+    def loss(p):
+        return np.sum(np.sin(p)) + 3 + size * max(0.0, np.sum(p - params) - near)
+
+    check, _ = _test_of(loss, wrong * np.cos(params), params).run()
+    assert check.verdict == verdict
+
+
 def test_small_leaves_and_leaves_of_zeros_have_their_part():
     params, gradient = np.array([1.0, 1.0, 1.0, 0.0]), np.array([100.0, 1.0, 0.5, 1.0])
     test = _test_of(lambda p: float(np.sum(p * gradient)), gradient, params)

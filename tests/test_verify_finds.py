@@ -172,6 +172,44 @@ def test_a_bf16_leaf_a_tenth_larger_is_found_by_its_projection_alone():
     assert control.error < 0.5 * control.threshold
 
 
+def test_rows_near_a_tie_may_flip_in_bf16_and_no_metric_is_wrong_by_more():
+    """Of 32 rows 8 pass a test, and one more fails it by less than some roundings."""
+    weights, rng = np.linspace(0.5, 1.0, 8, dtype="f"), np.random.default_rng(0)
+    x = rng.uniform(0.5, 1.0, (32, 8)).astype("f")
+    ratio = np.where(np.arange(32) < 8, 0.5, 2.0)
+    eps = float(jnp.finfo("bfloat16").eps)
+    ratio[-1] = 1 + 1.5 * eps
+    batches = [{"x": x, "least": (x @ weights * ratio).astype("f")}] * 2
+
+    def verified(rounding, factor):
+        """`rounding` of what is tested, and `factor` of the metric, on a mesh alone."""
+
+        def build(on):
+            several = on.size > 1
+
+            def loss(params, batch, key):
+                y = (batch["x"] @ params["w"]).astype(jnp.float32)
+                passes = y * (1 + rounding * several) > batch["least"]
+                return jnp.mean(y**2), {"passes": passes.mean() * (factor if several else 1)}
+
+            return sk.compile_step(
+                loss,
+                optax.sgd(1e-4),
+                init=lambda key: {"w": jnp.asarray(weights)},
+                batch=batches[0],
+                mesh=on,
+                strategy=sk.strategies.data(),
+                precision="bfloat16",
+            )
+
+        return sk.verify(
+            build, [sk.MeshSpec(data=2).build(devices=jax.devices()[:2])], batches=batches
+        )
+
+    assert verified(3 * eps, 1).ok
+    assert {"metrics", "evaluate"} <= checks(verified(0, 0.8))
+
+
 # Gradients that are summed in fewer bits than they are computed in.
 
 

@@ -4,6 +4,10 @@ The error of a leaf is normwise: its largest difference over its largest magnitu
 zero up to rounding has no scale of its own, so the scale of a leaf is at least a hundredth of the
 largest magnitude in its tree. Metrics are each a tree of their own.
 
+A metric that counts rows, as an accuracy does, moves by whole rows: a row near a tie of its logits
+flips in one program and in none of a few nudges. So metrics may be as far from the reference as
+nudges of `MARGIN` roundings bring them, which is `MARGIN` times the noise of one that is smooth.
+
 A gradient that a nudge changes by more than half of its size is zero up to rounding, as that of a
 bias in front of a BatchNorm. Its noise is its own: it neither widens the thresholds of the other
 leaves, nor is held to theirs. Adam divides it by its size, so what the steps make of its parameter
@@ -145,11 +149,13 @@ def compare_with_reference(
     reference: Record,
     noise_records: Sequence[Record],
     limits: ErrorLimits,
+    *,
+    wide_records: Sequence[Record] = (),
 ) -> list[ParityRow]:
     """Builds the rows of one mesh, named as text.
 
     The records are from one device: the reference, and some with every parameter nudged by one
-    rounding.
+    rounding, or by `MARGIN` of them for `wide_records`, which metrics may be as far away as.
     """
     record = observed.record
     unequal = find_unequal_leaves(record[INIT], reference[INIT])
@@ -162,9 +168,12 @@ def compare_with_reference(
     for check in NUMBERS:
         if check in record and reference.get(check):
             nudged = [noise_record[check] for noise_record in noise_records]
-            candidates = _compare_leaves(
-                check, record[check], reference[check], nudged, limits, vanishing=vanishing
-            )
+            pair = record[check], reference[check]
+            if check in SCALARS:
+                wide = [wide_record[check] for wide_record in wide_records]
+                candidates = _compare_scalars(check, *pair, (nudged, wide), limits)
+            else:
+                candidates = _compare_leaves(check, *pair, nudged, limits, vanishing=vanishing)
             # A NaN has an infinite error, which must not stand behind what passes.
             worst = max(candidates, key=lambda row: (not row.ok, row.error / row.threshold))
             rows.append(dataclasses.replace(worst, mesh=mesh))
@@ -199,6 +208,26 @@ def find_vanishing_gradients(reference: Record, noise_records: Sequence[Record])
     ]
 
 
+def _compare_scalars(
+    check: str,
+    leaves: Leaves,
+    reference: Leaves,
+    nudged: tuple[Sequence[Leaves], Sequence[Leaves]],
+    limits: ErrorLimits,
+) -> Iterator[ParityRow]:
+    """Yields a row of each, without its mesh; `nudged` are by one rounding, and by `MARGIN`."""
+    for path in {**reference, **leaves}:
+        actual, expected = ({p: x for p, x in t.items() if p == path} for t in (leaves, reference))
+
+        def move(tree: Leaves, path: str = path, expected: Leaves = expected) -> float:
+            return find_worst_leaf({p: x for p, x in tree.items() if p == path}, expected)[1]
+
+        noise, reach = (max(map(move, trees), default=0.0) for trees in nudged)
+        row = _number_row(check, path, actual, expected, noise=noise, limits=limits)
+        reach = reach if reach < np.inf else 0.0
+        yield dataclasses.replace(row, threshold=max(row.threshold, reach))
+
+
 def _compare_leaves(
     check: str,
     leaves: Leaves,
@@ -210,18 +239,9 @@ def _compare_leaves(
 ) -> Iterator[ParityRow]:
     """Yields rows without their mesh: of the worst leaf, and of each that is zero up to rounding.
 
-    A scalar has a row of its own, and so has each leaf where rounding is coarse. `vanishing` are
-    paths of parameters; their leaves of a state end with these.
+    Each leaf has a row of its own where rounding is coarse. `vanishing` are paths of parameters;
+    their leaves of a state end with these.
     """
-    if check in SCALARS:
-        for path in {**reference, **leaves}:
-            actual, expected, *others = (
-                {p: x for p, x in tree.items() if p == path}
-                for tree in (leaves, reference, *nudged)
-            )
-            noise = max(find_worst_leaf(x, expected)[1] for x in others)
-            yield _number_row(check, path, actual, expected, noise=noise, limits=limits)
-        return
     errors, noises = compute_errors(leaves, reference), {path: 0.0 for path in reference}
     for x in nudged:
         noises.update(

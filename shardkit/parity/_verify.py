@@ -49,8 +49,9 @@ def verify(
 
     A threshold is 8 times the measured noise: the change of the results when every parameter is
     nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update, but for
-    metrics and evaluations whose own noise is above 1 %. In bf16
-    no gradient leaf may be scaled by more than 8 %, which its rounding averages out to.
+    metrics and evaluations whose own noise is above 1 %. In bf16 no gradient leaf may be scaled by
+    more than 8 %, which its rounding averages out to, and a metric may be as far away as nudges of
+    8 roundings bring it, as an accuracy moves by whole rows.
 
     Each mesh costs the compilation of three programs beside the step's own: gradients, the SGD
     update and the evaluation. One device costs as many, and runs everything four times. The report

@@ -31,8 +31,9 @@ def closure_problems(
         if isinstance(value, Tracer) and type(value) is not type(constant):
             where, code = _first_use(traced.jaxpr, variable)
             subject = f"{name} {short_type(value.shape, value.dtype)}"
-            why = f"closes over an array that depends on the parameters: `{code}` ({where})"
-            yield Problem(subject, f"{why}; a pipeline would give it no gradient", _FIXES[name])
+            why = "closes over an array that depends on the parameters, or on what jax.vmap maps"
+            why += f" over: `{code}` ({where}); a pipeline would give it no gradient"
+            yield Problem(subject, why, _FIXES[name])
 
 
 _FIXES = {

@@ -1,10 +1,12 @@
 """Finds instructions of a compiled program that combine parts which do not belong together.
 
-An element-wise operation, a product or a sum over devices computes what the whole arrays say only
-if the parts that meet, on a device or in a sum, start at the same index of each dim. The walk
-carries these starts (`_parts.py`) from the arguments of the program through its instructions.
-It believes only what the partitioner moves: what a model moves on purpose (in a `shard_map`, by
-shifts, gathers and slices) has unknown starts from there on.
+An element-wise operation or a product computes what the whole arrays say only if the parts that
+meet start at the same index of each dim. Of a sum over devices that is not known: parts that start
+at other indices are rightly summed where they are those of a dim of which each device has one
+element, as a head, which is left out. The walk carries these starts (`_parts.py`) from the
+arguments of the program through its instructions. It believes only what the partitioner moves:
+what a model moves on purpose (in a `shard_map`, by shifts, gathers and slices) has unknown starts
+from there on.
 """
 
 import dataclasses
@@ -121,6 +123,10 @@ class _Walk:
             return None if known == ANYWHERE else known
         if a == b or ANYWHERE in (a, b):
             return join_starts(a, b)
+        if len(set(a)) == 1 or len(set(b)) == 1:
+            # As large whole as split: they are two dims, beside ones of a single element on a
+            # device that are left out, as `[heads, 8]` with a head on each device is.
+            return None
         differ = sum(x != y for x, y in zip(a, b, strict=True))
         self.found[instruction.name, dim] = Misaligned(instruction, shape, dim, differ)
         return None
@@ -244,9 +250,6 @@ class _Walk:
                 if after[dim] is None and gather_in_order(starts, shape.dims[dim], groups):
                     self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
             elif starts is not None and differs_within(starts, groups):
-                # One element may be the dim of a contraction, over which each device had one.
-                if of.opcode != "all-gather" and shape.dims[dim] > 1:
-                    self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
                 after[dim] = None
             elif moved == str(dim):
                 after[dim] = scatter(starts, shape.dims[dim] // len(groups[0]), groups)

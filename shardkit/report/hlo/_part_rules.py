@@ -146,14 +146,11 @@ def _dynamic_update(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     dims: list[Starts | None] = []
     # No partitioner writes one of the parts that devices hold: a dim of one has been inserted.
     of_piece = piece.inserted or piece.dims
-    # A loop of the model fills what every device has whole; a scatter fills a device's own part.
-    turns = last_name(at.instruction.op_name) == "dynamic_update_slice"
-    stacked = (0,) * at.devices if turns else None
     for a, b, old, new in zip(whole.dims, of_piece, at.old(), at.old(1), strict=True):
         if old == new:
             dims.append(b if a is None else join_starts(a, b))
-        else:  # pieces at other indices make it differ along the dim
-            dims.append(stacked if a == ANYWHERE else a)
+        else:  # filled in turn by a loop or a scatter: all of it, or what is a device's own
+            dims.append(None if a == ANYWHERE else a)
     return Parts(tuple(dims), inserted=tuple(dims) if piece.inserted else None)
 
 

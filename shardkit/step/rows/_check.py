@@ -96,7 +96,7 @@ def check_rows(
     rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return {}
-    split = count, part, splits
+    split = count, part, splits, whole
     with _row_by_row():
         followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
     by_rows = [*_state_problems(followed[0].model_state)]
@@ -143,7 +143,7 @@ def _follow(
     run: Callable[..., Any],
     args: LossArgs,
     dims: RowDims,
-    split: tuple[int, int | None, str],
+    split: tuple[int, int | None, str, str],
     over_parts: tuple[str, ...],
 ) -> Any:
     """States of the results of `run`, from two traces.
@@ -152,11 +152,11 @@ def _follow(
       run: from `_with_gradients`.
       args: of the loss; see `check_rows`.
       dims: of the leaves of the batch.
-      split: the rows of the batch and of a part, and what splits them.
+      split: the rows of the batch and of a part, what splits them, and how not to.
       over_parts: see `check_rows`.
     """
     params, model_state, batch, key = args
-    count, part, splits = split
+    count, part, splits, whole = split
     sizes, least = _compared(count, part), 1 if part == 1 else count
     traces = {}
     # The declared rows first: what fails on these is no matter of parts, and raised as it is.
@@ -169,7 +169,9 @@ def _follow(
         except Exception as error:  # a user's code
             if rows == count:
                 raise
-            raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
+            problem = _written_for(count, rows, error, splits, dims)
+            fix = f"{problem.fix}; or {whole}"
+            raise_all(StepError, _HEADLINE, [dataclasses.replace(problem, fix=fix)])
     (few, output), (many, _) = (traces[rows] for rows in sizes)
     inputs: list[State] = [
         Constant(SCALE_DEGREE),
@@ -207,8 +209,11 @@ def _written_for(count: int, rows: int, error: Exception, splits: str, dims: Row
     reason = f"{type(error).__name__}: {first_line(error)}"
     why = f"is written for {count} rows: fails on {rows} ({reason}), and {splits} splits them"
     if "shard" in reason.lower():  # of the model's own, as a `jax.shard_map`
-        return Problem("loss_fn", why, f"no sharding of its own that splits the rows; or {WHOLE}")
-    fix = "sizes from the batch (len(batch[...])), no number of rows written out"
+        return Problem("loss_fn", why, "no sharding of its own that splits the rows")
+    fix = (
+        "sizes and rows from the batch that is passed (len(batch[...])), no number of rows written "
+        "out and no array of rows closed over"
+    )
     if None in dims:
         fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
     return Problem("loss_fn", why, fix)
@@ -288,9 +293,9 @@ def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | No
     why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
     if weight == 0 and total == 1:
         fix = "jnp.mean(...), or sk.Mean(total, weight) with the number of rows as weight"
-        return Problem(name, why, fix)
+        return Problem(name, why, f"{fix}; or {whole}")
     why = f"total is {describe(mean.total)}, weight {describe(mean.weight)}"
-    return Problem(name, why, "sk.Mean(total, weight) of two sums over rows")
+    return Problem(name, why, f"sk.Mean(total, weight) of two sums over rows; or {whole}")
 
 
 def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:

@@ -139,7 +139,9 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
 def _by_rule(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """What both traces say: in one of 4 rows `x.reshape(-1, 4)` and `x[:4]` leave rows whole."""
     if equation.name not in KEEPS_PLACES and any(map(is_place, states)):
-        return [first_mixed(states) or equation.mixed(PICKS)] * len(equation.few.outvars)
+        return [first_mixed(states) or equation.mixed(PICKS, fix=BY_ROW)] * len(
+            equation.few.outvars
+        )
     of_rule = RULES[equation.name]
     pairs = zip(of_rule(equation, states), of_rule(equation.turned(), states), strict=True)
     differs = equation.mixed(f"does one thing with {equation.rows.few} rows, another with more")

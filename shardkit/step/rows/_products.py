@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..._core.errors import count
 from ..._core.split_rng import is_part_key
 from ._equation import Equation, dtype_of
 from ._rules import NONLINEAR, elementwise, first_mixed, moved, product, rule
@@ -134,7 +135,7 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     dim = next(iter(grown))
     inner, rest = divmod(equation.out_shape()[dim], equation.n)
     if rest:  # a draw for two rows, as of times and of what is left of them
-        why = f"draws {equation.out_shape()[dim]} numbers for {equation.n} rows"
+        why = f"draws {count(equation.out_shape()[dim], 'number')} for {equation.n} rows"
         return [equation.mixed(why, fix="a draw for each row")]
     # A gamma draw has parameters too.
     return elementwise(equation, [PerRow(dim, inner=inner), *states[1:]])

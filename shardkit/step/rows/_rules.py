@@ -13,6 +13,7 @@ from ._states import (
     AlwaysZero,
     Columns,
     Constant,
+    Degree,
     Mixed,
     PerRow,
     RowSum,
@@ -314,17 +315,37 @@ def elementwise(
         if len(rows) == 1 and placed[0].role == "index" and _holds_for_all(equation, states):
             return [PerRow(*placed[0].layout, 0, "test")]
         return [equation.mixed(PICKS)] * outs
-    degrees = {s.degree for s in states if isinstance(s, PerRow | Constant)}
+    degree = _scaled(equation.name, {s.degree for s in states if isinstance(s, PerRow | Constant)})
     if not rows:
-        return [Constant(0 if degrees <= {0} else None)] * outs
+        return [Constant(degree)] * outs
     if len({state.layout for state in rows}) > 1:
         return [equation.mixed(TOGETHER)] * outs
-    if not degrees <= {0}:
+    if degree is None:
         why = "makes each row's part depend on how many rows there are"
-        if any(d is not None and abs(d) > SCALE_DEGREE // 2 for d in degrees):
+        if any(s.degree is not None and abs(s.degree) > SCALE_DEGREE // 2 for s in rows):
             why = "is not linear in the gradient, whose size depends on how many rows there are"
         return [equation.mixed(why)] * outs
-    return [PerRow(*rows[0].layout)] * outs
+    return [PerRow(*rows[0].layout, degree)] * outs
+
+
+_LIKE_OPERANDS = frozenset("abs max min clamp rem reduce_max reduce_min cummax cummin sort".split())
+_OF_DIRECTION = frozenset("sign eq ne lt le gt ge atan2 is_finite argmax argmin".split())
+_ROOTS = {"sqrt": 2, "rsqrt": -2, "cbrt": 3}
+
+
+def _scaled(name: str, degrees: set[Degree]) -> Degree:
+    """The degree of a function of what has these: all are multiplied by one positive number.
+
+    >>> _scaled("max", {2}), _scaled("gt", {2}), _scaled("sqrt", {2}), _scaled("exp", {2})
+    (2, 0, 1, None)
+    """
+    if degrees <= {0}:
+        return 0
+    degree = degrees.pop() if len(degrees) == 1 else None
+    if degree is None or name in _OF_DIRECTION:
+        return None if degree is None else 0
+    root, rest = divmod(degree, _ROOTS.get(name, 1))
+    return root if not rest and (name in _LIKE_OPERANDS or name in _ROOTS) else None
 
 
 def _holds_for_all(equation: Equation, states: Sequence[State]) -> bool:
