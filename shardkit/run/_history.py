@@ -134,14 +134,16 @@ def read_histories(folders: Sequence[Path]) -> list[History]:
     unique = len({run.name for run in runs}) == len(runs)
     histories, problems = [], []
     for run in dict.fromkeys(runs):
+        if no_path := path_problem(run):
+            problems.append(no_path)
+            continue
         parsed = read_rows(run)
         history = History(run.name if unique else str(run), parsed.rows, parsed.broken)
         why = _explain_unusable(run, history)
         if why is None:
             histories.append(history)
         else:
-            url = path_problem(run)
-            problems.append(url or Problem(str(run), why, _suggest_command(run)))
+            problems.append(Problem(str(run), why, _suggest_command(run)))
     headline = f"{count(len(problems), 'run')} cannot be plotted."
     raise_all(ConfigError, headline, problems)
     return histories
