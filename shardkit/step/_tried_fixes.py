@@ -269,11 +269,13 @@ def _respecified(
     Its call raises StepError where the constraint is in a part that `rewrite` leaves alone.
     """
     sharding = NamedSharding(mesh, _to_spec(odd.dims(dict(mesh.shape))))
+    wanted = len(odd.shape), odd.shape[1:]
     changed: list[core.JaxprEqn] = []
 
     def change(eqn: core.JaxprEqn) -> core.JaxprEqn:
         aval: Any = eqn.outvars[0].aval
-        if not _is_at(eqn, odd.source) or aval.shape != odd.shape:
+        # A gradient shard has some of the rows.
+        if not _is_at(eqn, odd.source) or (len(aval.shape), aval.shape[1:]) != wanted:
             return eqn
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         traced = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(shape)
