@@ -121,6 +121,13 @@ def test_findings_come_and_go_whatever_their_bytes(data):
         assert (changes.new, changes.gone) == ((), ())
 
 
+def test_text_folds_what_is_kept(data):
+    kept = Finding("resharding", bytes=64, why="moved", fix="")
+    text = str(dataclasses.replace(data, kept=(kept,) * 8))
+    assert text.count("send less: resharding 64 B.\n") == 5
+    assert "and 3 more that are kept\n" in text
+
+
 def test_a_fix_that_an_earlier_version_tried_is_read_as_tried(data):
     finding = Finding("resharding", bytes=64, why="moved", fix="split it", remaining=32)
     fields = json.loads(dataclasses.replace(data, findings=(finding,)).to_json())
