@@ -1,6 +1,7 @@
 """Two reports side by side: what changed, and that nothing did."""
 
 import dataclasses
+import json
 
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -115,6 +116,25 @@ def test_findings_come_and_go_whatever_their_bytes(data):
     assert compare(one, larger).new == ()
     assert "new:  replicated params/w, 64 B: all 8 hold it" in str(compare(data, one))
     assert "gone: replicated params/w, 64 B: all 8 hold it" in str(compare(one, data))
+    kept = dataclasses.replace(data, kept=(finding,))
+    for changes in (compare(kept, one), compare(one, kept)):
+        assert (changes.new, changes.gone) == ((), ())
+
+
+def test_text_folds_what_is_kept(data):
+    kept = Finding("resharding", bytes=64, why="moved", fix="")
+    text = str(dataclasses.replace(data, kept=(kept,) * 8))
+    assert text.count("send less: resharding 64 B.\n") == 5
+    assert "and 3 more that are kept\n" in text
+
+
+def test_a_fix_that_an_earlier_version_tried_is_read_as_tried(data):
+    finding = Finding("resharding", bytes=64, why="moved", fix="split it", remaining=32)
+    fields = json.loads(dataclasses.replace(data, findings=(finding,)).to_json())
+    del fields["findings"][0]["tried"], fields["kept"]
+    (read,) = Report.from_json(json.dumps(fields)).findings
+    assert read == finding
+    assert read.fix_title == "Fix"
 
 
 def test_text_is_100_columns_with_the_most_important_first(data, tpu):

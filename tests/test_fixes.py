@@ -1,6 +1,7 @@
 """Fixes of findings as the report words them: their code is pasted, and the finding is gone."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit._core.source import Source
 from shardkit.report import FINDINGS
+from shardkit.step._split_dims import DeclaredLayout
 
 from . import test_findings, test_idle_options, test_miscompiled, test_row_axes, test_step_report
 from ._misplaced import declare
@@ -42,7 +45,7 @@ def loss_with(*names):
 
 
 def compiled(
-    loss, strategy=HAND, rows=64, init=init, width=EMBED, dtype=jnp.float32, precision=None
+    loss, strategy=HAND, rows=64, init=init, width=EMBED, dtype=jnp.float32, precision=None, **more
 ):
     return sk.compile_step(
         loss,
@@ -52,6 +55,7 @@ def compiled(
         mesh=sk.MeshSpec(data=2, tensor=4).build(),
         strategy=strategy,
         precision=precision,
+        **more,
     )
 
 
@@ -343,6 +347,50 @@ def test_a_name_that_parameters_have_too_is_mapped_as_theirs():
     mended = eval(code, {"strategy": wrong})
     after = compiled(loss_with("batch", "mlp"), mended).report().ledger.total()
     assert finding.remaining == after < report.ledger.total()
+
+
+@pytest.mark.parametrize(
+    ("pin", "fix"),
+    [
+        (lambda x: sk.nn.constrain(x, "batch", None), "sk.nn.constrain(x, 'batch', 'mlp') in the "),
+        pytest.param(
+            lambda x: jax.lax.with_sharding_constraint(x, P("data", None)),
+            "P('data', 'tensor') in the ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            jax.vmap(lambda row: sk.nn.constrain(row, None)),
+            "P('tensor') in the ",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_constraint_within_gradient_shards_is_changed_as_the_model_has_it(pin, fix):
+    """In the step it is of f32[2,16,1024], and the dim over shards is none of the model's."""
+    step = compiled(
+        lambda params, batch, key: jnp.mean((pin(batch["x"] @ params["up"]) @ params["down"]) ** 2),
+        accumulate=sk.Accumulate(2),
+    )
+    report = step.report(try_fixes=True)
+    finding = report.findings[0]
+    assert finding.fix.startswith(fix)
+    assert finding.remaining < report.ledger.total()
+
+
+@pytest.mark.parametrize(
+    ("added", "names"), [("(gradient shards)", ("batch", None)), ("(mapped)", ())]
+)
+def test_a_moved_constraint_has_no_name_that_a_vmap_added(added, names):
+    shape = jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)
+    declared = DeclaredLayout(
+        "a constraint",
+        SimpleNamespace(aval=shape),
+        (("data",), (), ("tensor",)),
+        names=(added, "batch", "mlp"),
+        shards=0,
+    )
+    moved = declared.change(Source("model.py", 3, "loss"), "tensor", (("data",), (), ()))
+    assert (moved.shape, moved.layout, moved.names) == ((32, 64), (("data",), ()), names)
 
 
 def test_a_weight_over_an_axis_of_rows_alone_is_whole_by_its_fix():

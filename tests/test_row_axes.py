@@ -98,6 +98,16 @@ def test_the_line_that_loses_rows_is_named_and_a_constraint_there_ends_it():
     assert Report.from_json(report.to_json()) == report
 
 
+def test_a_constraint_of_rows_is_tried_in_gradient_shards_too():
+    strategy, accumulate = sk.strategies.fsdp(), sk.Accumulate(2)
+    step = compiled(loss_with(), {"fsdp": 4}, strategy, accumulate=accumulate)
+    findings = step.report(try_fixes=True).findings
+    finding = next(one for one in findings if "constrain" in one.alternatives)
+    mended = loss_with(lambda x: sk.nn.constrain(x, "batch", None, None))
+    after = compiled(mended, {"fsdp": 4}, strategy, accumulate=accumulate).report().ledger.total()
+    assert f"; with this constraint {after / 1024:.2f} KiB; with mode=" in finding.fix
+
+
 def test_rows_are_lost_first_where_they_are_moved_over_another_axis_too():
     """The lookup permutes tokens over both axes; what is gathered over one alone comes after it."""
 

@@ -67,7 +67,7 @@ class Comparison:
       layouts: arrays of the step's input whose layout changed, or that one report lacks: `(leaf,
         before, after)`, the largest first.
       headlines: step time, bytes sent, memory, FLOPs.
-      new: findings that only the second report has.
+      new: findings that only the second report has; the first keeps none of them, either.
       gone: findings that only the first has.
       details: bytes sent by axes and by kind, with their ratio to the minimum; memory by class;
         reductions; findings whose bytes changed.
@@ -347,8 +347,8 @@ def _drop_equal(changes: Iterable[Change]) -> tuple[Change, ...]:
 
 
 def _findings_only_in(report: ReportData, other: ReportData) -> tuple[Finding, ...]:
-    """Findings of one report that the other lacks; their bytes do not matter."""
-    known = {_finding_identity(finding) for finding in other.findings}
+    """Findings of one report that the other neither has nor keeps; their bytes do not matter."""
+    known = {_finding_identity(finding) for finding in (*other.findings, *other.kept)}
     return tuple(finding for finding in report.findings if _finding_identity(finding) not in known)
 
 

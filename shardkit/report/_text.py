@@ -72,9 +72,12 @@ def _finding_parts(report: ReportData) -> Iterator[_Part]:
         yield from _finding_table(report)
     else:
         yield "Findings: none."
-    for one in report.kept:
-        what = f"{one.kind} {format_bytes(one.bytes)}, {one.source or one.leaf or one.scope}"
+    for one in report.kept[:_FIRST]:
+        where = one.source or one.leaf or one.scope
+        what = f"{one.kind} {format_bytes(one.bytes)}{f', {where}' if where else ''}"
         yield f"Kept, since no fix is known to send less: {what}."
+    if len(report.kept) > _FIRST:
+        yield f"and {len(report.kept) - _FIRST} more that are kept"
 
 
 def _finding_table(report: ReportData) -> Iterator[_Part]:

@@ -21,9 +21,9 @@ from ..report import (
     SplitDim,
     find_readers,
 )
-from ..rules import AxisRules, axes_of
+from ..rules import axes_of
 from ._activations import Activations
-from ._constraint_names import name_layout
+from ._constraint_names import find_shards, name_layout, without_shards
 from ._disagreements import Declared, Disagreements, Group
 from ._missing_rows import find_missing_rows
 from ._split_dims import DeclaredLayout, find_split_dims
@@ -79,7 +79,7 @@ def find_governing_constraints(
     wrong |= dict.fromkeys(missing.axes, frozenset[Hashable](missing.leaves))
     odd = [
         *missing.declarations(_find_lines(jaxpr, placed, missing.leaves), disagreements),
-        *_odd_constraints(disagreements, suspects, wrong, activations.rules),
+        *_odd_constraints(disagreements, suspects, wrong, activations),
         *_odd_leaves(disagreements, suspects, wrong, jaxpr),
     ]
     forward = {line for line, (*_, backward) in zip(lines, found, strict=True) if not backward}
@@ -93,7 +93,7 @@ def find_governing_constraints(
         odd,
         [
             one
-            for one in find_split_dims(disagreements, suspects.declarations())
+            for one in find_split_dims(disagreements, suspects.declarations(activations))
             if one.axis not in missing.axes
         ],
     )
@@ -135,7 +135,7 @@ class _Suspects:
             of_rules.setdefault(rule, {})[who] = None
         self.units = {who: frozenset(whose) for whose in of_rules.values() for who in whose}
 
-    def declarations(self) -> dict[Hashable, DeclaredLayout]:
+    def declarations(self, activations: Activations) -> dict[Hashable, DeclaredLayout]:
         """All of them, with what can be said otherwise."""
         constraints = {
             line: DeclaredLayout(
@@ -144,6 +144,7 @@ class _Suspects:
                 dims,
                 source=one.source,
                 names=one.names,
+                shards=find_shards(dims, variable.aval.shape, activations),
             )
             for line, (one, variable, dims, _) in self.constraints.items()
         }
@@ -191,7 +192,7 @@ def _odd_constraints(
     disagreements: Disagreements,
     suspects: _Suspects,
     wrong: Mapping[str, Group],
-    rules: AxisRules | None,
+    activations: Activations,
 ) -> Iterator[OddDeclaration]:
     called = suspects.names(disagreements)
     for line, (one, variable, dims, _) in suspects.constraints.items():
@@ -204,7 +205,9 @@ def _odd_constraints(
             lines = frozenset(disagreements.sums_over(group, axes))
             odd = OddDeclaration(one.source, axes, text, shape=shape, layout=layout, sums=lines)
             roots = disagreements.classes_of(variable, dims)
-            yield name_layout(odd, one.names, dims, [called.get(n, ()) for n in roots], rules)
+            of_params = [called.get(root, ()) for root in roots]
+            named = name_layout(odd, one.names, dims, of_params, activations.rules)
+            yield without_shards(named, find_shards(dims, shape, activations))
 
 
 def _odd_leaves(

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from .._core.source import Source
+from ..nn._constrain import MAPPED
 from ..report import OddDeclaration, PlacedLeaf, SplitDim
+from ._constraint_names import without_shards
 from ._disagreements import Axes, Disagreements, SplitClass
 
 
@@ -26,13 +28,15 @@ class DeclaredLayout(NamedTuple):
     leaves: tuple[PlacedLeaf, ...] = ()  # those of the rule; () of a constraint
     source: Source | None = None  # the line of a constraint
     names: tuple[str | None, ...] = ()  # the logical axes of one that has some
+    shards: int | None = None  # its dim over gradient shards
 
     def change(self, at: Source, axis: str, layout: tuple[Axes | None, ...]) -> OddDeclaration:
         """What it would say instead."""
         columns = [*zip(self.names, self.dims, layout, strict=False)]
         named = all(axes == wanted or not wanted for _, axes, wanted in columns)
+        named = named and MAPPED not in self.names
         names = tuple(name if axes == wanted else None for name, axes, wanted in columns)
-        return OddDeclaration(
+        odd = OddDeclaration(
             self.source or at,
             frozenset({axis}),
             self.text,
@@ -42,6 +46,7 @@ class DeclaredLayout(NamedTuple):
             leaves=self.leaves,
             names=names if named else (),
         )
+        return without_shards(odd, self.shards)
 
 
 def find_split_dims(

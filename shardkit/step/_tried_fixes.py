@@ -8,7 +8,7 @@ can do so beside others: of two constraints that both have a weight gathered nei
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,6 +20,7 @@ from .._core.equations import source_of_equation
 from .._core.errors import ShardkitError, StepError
 from .._core.own_sharding import CONSTRAINT
 from .._core.rewriting import rewrite
+from .._core.row_dims import RowDims, count_rows
 from .._core.source import Source
 from .._core.tracing import equations
 from .._core.tree import format_bytes, list_leaves
@@ -215,9 +216,7 @@ class _Trials:
                 spec = spec.replace(strategy=changed)
             elif one.alternative == CONSTRAIN:
                 sharding = NamedSharding(mesh, PartitionSpec(layout.row_axes))
-                line, rows = one.finding.source, layout.rows
-                fits = functools.partial(_makes_rows, source=line, rows=rows)
-                train = _constrained(train, fits, sharding)
+                train = _constrained(train, one.finding.source, layout.row_dims, sharding)
         if train is loss.train:
             return spec
         return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
@@ -269,11 +268,13 @@ def _respecified(
     Its call raises StepError where the constraint is in a part that `rewrite` leaves alone.
     """
     sharding = NamedSharding(mesh, _to_spec(odd.dims(dict(mesh.shape))))
+    wanted = len(odd.shape), odd.shape[1:]
     changed: list[core.JaxprEqn] = []
 
     def change(eqn: core.JaxprEqn) -> core.JaxprEqn:
         aval: Any = eqn.outvars[0].aval
-        if not _is_at(eqn, odd.source) or aval.shape != odd.shape:
+        # A gradient shard has some of the rows.
+        if not _is_at(eqn, odd.source) or (len(aval.shape), aval.shape[1:]) != wanted:
             return eqn
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         traced = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(shape)
@@ -291,7 +292,7 @@ def _respecified(
     return run
 
 
-def _makes_rows(eqn: core.JaxprEqn, source: Source | None, rows: int) -> bool:
+def _makes_rows(eqn: core.JaxprEqn, source: Source | None, rows: Collection[int]) -> bool:
     """Whether an equation of a line computes an activation, its rows in the first dim."""
     if source is None or not _is_at(eqn, source):
         return False
@@ -299,7 +300,7 @@ def _makes_rows(eqn: core.JaxprEqn, source: Source | None, rows: int) -> bool:
         return False
     aval: Any = eqn.outvars[0].aval
     floating = jnp.issubdtype(aval.dtype, jnp.floating)
-    return floating and aval.ndim > 1 and aval.shape[0] == rows
+    return floating and aval.ndim > 1 and aval.shape[0] in rows
 
 
 def _is_at(eqn: core.JaxprEqn, line: Source) -> bool:
@@ -308,11 +309,15 @@ def _is_at(eqn: core.JaxprEqn, line: Source) -> bool:
 
 
 def _constrained(
-    function: Callable[..., Any], fits: Callable[[core.JaxprEqn], bool], sharding: NamedSharding
+    function: Callable[..., Any], line: Source | None, dims: RowDims, sharding: NamedSharding
 ) -> Callable[..., Any]:
-    """A function in which the results of the last equation that fits, and its like, are split."""
+    """A function in which the last rows that a line computes, and their like, are split.
+
+    It gets as many rows as its caller takes at once: a gradient shard has some of the batch's.
+    """
 
     def run(*args: Any) -> Any:
+        fits = functools.partial(_makes_rows, source=line, rows=count_rows(args[1], dims))
         traced = jax.make_jaxpr(function)(*args)
         last = [eqn for eqn in equations(traced.jaxpr) if fits(eqn)][-1:]
 

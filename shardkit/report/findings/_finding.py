@@ -54,6 +54,10 @@ class Finding:
     remaining: int | None = None
     tried: bool = False
 
+    def __post_init__(self) -> None:
+        """A report that was saved before `tried` has only the bytes of what was compiled."""
+        object.__setattr__(self, "tried", self.tried or self.remaining is not None)
+
     @property
     def fix_title(self) -> str:
         """What stands before the fix: whether it was compiled, where bytes are to come down."""
