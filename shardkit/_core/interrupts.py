@@ -172,9 +172,10 @@ def active_guard() -> InterruptGuard | None:
 def compiling() -> Iterator[None]:
     """Lets Ctrl-C in the block, which compiles, end a script at once, unless the script handles it.
 
-    The exception comes at once, but XLA's threads go on compiling: the interpreter would wait for
-    them for seconds and often crash (`exit_now`). So once it was raised, one that nobody handles
-    ends the process behind its traceback.
+    The exception comes at once (in jax 0.12 when the compiler is done, as in plain JAX), but XLA's
+    threads go on compiling: the interpreter would wait for them for seconds and often crash
+    (`exit_now`). So once it was raised, one that nobody handles ends the process behind its
+    traceback.
     """
     try:
         yield
