@@ -42,13 +42,14 @@ class Registered:
     down: Any
 
 
-# Other names of fields than `Registered` has: structures of two registered dataclasses whose
-# fields are named alike are equal in JAX, though their hashes differ. One call of a function under
-# `jax.jit` in some hundred gets the other class back then (optax.adamw, jax 0.10.2 to 0.12).
+# More fields than `Registered` has: structures of two registered dataclasses of as many fields are
+# equal in JAX, though their hashes differ. One call of a function under `jax.jit` in some hundred
+# gets the other class back then (optax.adamw, jax 0.10.2 to 0.12).
 @flax.struct.dataclass
 class Flax:
     wide: Any
     narrow: Any
+    rest: Any = None
 
 
 TREES = {
