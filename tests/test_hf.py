@@ -19,6 +19,7 @@ from shardkit.hf._pattern import parse
 from shardkit.lm import SIZES
 
 from . import _hf
+from ._quick import some_quick
 
 TOLERANCE = 1e-4
 # What a field is where a family does not have it, and what must change with it.
@@ -87,6 +88,46 @@ def test_logits_and_gradients_of_a_step_equal_torch(family, sizes, tmp_path):
         scale = np.abs(want[name]).max()
         error = np.abs(ours[name.removeprefix("gradient ")] - want[name]).max()
         assert error <= TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize("sizes", [_hf.ONE, _hf.EIGHT], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "family",
+    # GPT-2 has queries, keys and values in one module.
+    some_quick([family for family in _hf.FAMILIES if family != "gpt2"], "llama"),
+)
+def test_gradients_of_adapters_equal_those_of_torch(family, sizes):
+    """W + s A B is the W of torch, so torch has its gradient, and those of A and B follow."""
+    folder, want = _hf.ROOT / family, _hf.golden(family)
+    config, mesh = sk.hf.decoder_config(folder), _hf.make_mesh(sizes)
+    whole, ranks = _hf.make_spec(config, sizes), {"layers/query": 4, "layers/out": 4}
+    adapted = sk.lora(whole.init, whole.loss_fn, ranks, alpha=8, batch=whole.batch)
+    spec = whole.replace(loss_fn=adapted.loss_fn, init=adapted.init)
+    params = sk.hf.load(folder, spec, mesh, key=jax.random.key(1))
+    rng, scale = np.random.default_rng(0), 8 / 4
+    for name in ("query", "out"):
+        b = params["lora"]["layers"][name]["b"]
+        drawn = rng.normal(size=b.shape).astype("f") / 4
+        params["lora"]["layers"][name]["b"] = jax.device_put(drawn, b.sharding)
+    merged = adapted.merge(params)
+    for name in ("query", "out"):
+        base = params["layers"][name]
+        params["layers"][name] = jax.device_put(2 * base - merged["layers"][name], base.sharding)
+
+    step = spec.compile(mesh)
+    state = step.init(jax.random.key(0), params=params)
+    metrics, gradients = step.gradients(state, _hf.make_batch(want["tokens"]))
+    np.testing.assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
+    for name, module in (("query", "q_proj"), ("out", "o_proj")):
+        g = want[f"gradient model.layers.1.self_attn.{module}.weight"].T
+        factors, found = params["lora"]["layers"][name], gradients["lora"]["layers"][name]
+        a, b = (
+            np.asarray(factors["a"][1]).reshape(-1, 4),
+            np.asarray(factors["b"][1]).reshape(4, -1),
+        )
+        for ours, theirs in ((found["a"], scale * g @ b.T), (found["b"], scale * a.T @ g)):
+            error = np.abs(np.asarray(ours[1]).reshape(theirs.shape) - theirs).max()
+            assert error <= TOLERANCE * np.abs(theirs).max(), name
 
 
 @pytest.mark.parametrize("sizes", [_hf.ONE, _hf.EIGHT], ids=["one", "eight"])
