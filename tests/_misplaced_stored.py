@@ -3,6 +3,8 @@
 As in `_misplaced_rules`, each has the code of the finding's fix, and the step with that code.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,50 +63,41 @@ def images_by_height(spec):
 
 _CHANNELS = {"one": (3, 3, 16, 64), "two": (3, 3, 64, 64), "head": (64, 16)}
 _BY_CHANNELS = {"one": P(None, None, None, "tensor"), "two": P(None, None, "tensor"), "head": P()}
+_lacking = functools.partial(
+    odd_case, FIX, declared_by="the batch spec of batch/x", mended={"spec": BOTH}
+)
 _TWO_AXES = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
 STORED = {
-    "weights_by_rows": odd_case(
-        FIX,
+    "weights_by_rows": _lacking(
         weights_by_rows,
         SHAPES,
         {"*": P("fsdp")},
         MANY,
         mesh=FSDP,
-        declared_by="the batch spec of batch/x",
-        mended={"spec": BOTH},
         finding="dim_gather",
     ),
-    "weights_by_features": odd_case(
-        FIX,
+    "weights_by_features": _lacking(
         weights_by_features,
         SHAPES,
         {"up": P("fsdp"), "down": P(None, "fsdp")},
         MANY,
         mesh=FSDP,
-        declared_by="the batch spec of batch/x",
-        mended={"spec": BOTH},
         finding="split_contraction",
     ),
-    "weights_over_two_axes": odd_case(
-        FIX,
+    "weights_over_two_axes": _lacking(
         weights_over_two_axes,
         SHAPES,
         _TWO_AXES,
         MANY,
         mesh={"data": 2, "fsdp": 2, "tensor": 2},
-        declared_by="the batch spec of batch/x",
-        mended={"spec": BOTH},
         finding="split_contraction",
     ),
-    "rows_beside_a_constraint": odd_case(
-        FIX,
+    "rows_beside_a_constraint": _lacking(
         rows_beside_a_constraint,
         SHAPES,
         {"*": P("fsdp")},
         MANY,
         mesh=FSDP,
-        declared_by="the batch spec of batch/x",
-        mended={"spec": BOTH},
         finding="activation_gather",
     ),
     "weights_by_one_rule": odd_case(
